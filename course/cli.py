@@ -1,0 +1,176 @@
+"""The words of the `course` command. Each imports what it needs only when it is called."""
+
+import argparse
+import json
+import os
+import sys
+
+from course import bootstrap
+from course.labs import find_labs
+
+ENGINES = ("hybrid", "solutions", "code")
+FIRST_PROMPT = "What is the capital of France? Answer in one sentence."
+
+
+def run(argv: list[str]) -> int:
+    """Run `course` with the given words; returns the exit status: 0 fine, 1 no, 2 wrong usage."""
+    options = _parser().parse_args(argv)
+    if options.run is None:
+        _parser().print_help()
+        return 0
+    bootstrap.ensure_environment(argv)
+    try:
+        return options.run(options) or 0
+    except ValueError as error:
+        print(f"course: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ncourse: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="course",
+        description="Socratic Serving: write a language-model serving engine, lab by lab.",
+        epilog="Start with: python3 -m course learn",
+    )
+    parser.set_defaults(run=None)
+    words = parser.add_subparsers(title="words", metavar="WORD")
+
+    def word(name: str, function, text: str, example: str) -> argparse.ArgumentParser:
+        added = words.add_parser(
+            name, help=text, description=text, epilog=f"Example: course {name} {example}".rstrip()
+        )
+        added.set_defaults(run=function)
+        return added
+
+    word("learn", _learn, "set everything up, hear the model talk, see what to do next", "")
+    word("test", _test, "prove that references, stubs, graders and tools agree", "")
+    status = word("status", _status, "show which labs are green", "--json")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    chat = word(
+        "chat", _chat, "talk to the model through your labs", '--prompt "Why is the sky blue?"'
+    )
+    chat.add_argument("--prompt", help="answer this and stop, instead of asking for input")
+    _add_generation(chat)
+    generate = word(
+        "generate", _generate, "continue a text", '--prompt "Once upon a time" --max-tokens 40'
+    )
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_generation(generate)
+    model = word("model", _model, "make the default model ready, or check it", "fetch")
+    model.add_argument("action", choices=("fetch", "check"))
+    stubs = word("stubs", _stubs, "write code/ from solutions/", "--check")
+    stubs.add_argument("--check", action="store_true", help="only say what is out of date")
+    reset = word("reset", _reset, "put a lab's stub back and keep your file", "week1/rope")
+    reset.add_argument("lab", help="such as week1/rope")
+    mutants = word("mutants", _mutants, "let the suites hunt wrong solutions", "week1/rope")
+    mutants.add_argument("labs", nargs="*", help="week1, week1/rope; nothing means every lab")
+    mutants.add_argument("--listed", action="store_true", help="only the misconceptions")
+    return parser
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="a checkpoint folder, or a name on the hub")
+    parser.add_argument("--engine", choices=ENGINES, default="hybrid", help="whose labs are used")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+
+
+def _learn(options: argparse.Namespace) -> int:
+    from course import talk
+
+    return talk.learn(FIRST_PROMPT)
+
+
+def _test(options: argparse.Namespace) -> int:
+    from course import prove
+
+    return prove.prove()
+
+
+def _status(options: argparse.Namespace) -> int:
+    from course import status
+
+    grades = status.grade_all()
+    if options.json:
+        print(json.dumps({lab.name: vars(grade) for lab, grade in grades.items()}, indent=1))
+    else:
+        print(status.board(grades))
+        print(f"\n{status.next_step(grades)}")
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from course import talk
+
+    return talk.chat(_request(options), options.prompt)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from course import talk
+
+    return talk.generate(_request(options), options.prompt, as_json=options.json)
+
+
+def _request(options: argparse.Namespace):
+    from course import talk
+
+    return talk.Request(
+        model=options.model,
+        engine=options.engine,
+        dtype=options.dtype,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+def _model(options: argparse.Namespace) -> int:
+    from course import models
+
+    if options.action == "fetch":
+        print(f"the default model is ready in {models.fetch_default_model()}")
+        return 0
+    problems = models.verify_default_model()
+    print("\n".join(problems) if problems else "the default model is whole")
+    return 1 if problems else 0
+
+
+def _stubs(options: argparse.Namespace) -> int:
+    from course import stubs
+    from course.labs import all_labs
+
+    if not options.check:
+        stubs.write_stubs(all_labs())
+        return 0
+    problems = stubs.check_stubs()
+    print("\n".join(problems) if problems else "every stub that you have not edited is up to date")
+    return 1 if problems else 0
+
+
+def _reset(options: argparse.Namespace) -> int:
+    from course import stubs
+
+    labs = find_labs(options.lab)
+    if len(labs) != 1:
+        raise ValueError(f"reset takes one lab, and {options.lab} is {len(labs)} of them")
+    stubs.reset_lab(labs[0])
+    return 0
+
+
+def _mutants(options: argparse.Namespace) -> int:
+    from course import mutants
+    from course.labs import all_labs
+
+    labs = [lab for text in options.labs for lab in find_labs(text)] or all_labs()
+    return mutants.hunt(labs, listed_only=options.listed)

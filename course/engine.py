@@ -1,0 +1,127 @@
+"""The engine put together from labs: the learner's where they pass, the reference for the rest."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from course import grading, layers
+from course.labs import WEEKS, Lab, all_labs
+
+YOURS, REFERENCE = "yours", "reference"
+
+
+class LabCrashed(Exception):
+    """A learner's lab raised an error while the engine ran.
+
+    lab: whose. error: what it raised. place: file and line, in words.
+    """
+
+    def __init__(self, lab: Lab, error: BaseException, place: str):
+        super().__init__(f"{place}: {type(error).__name__}: {error}")
+        self.lab = lab
+        self.error = error
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded model, and the labs that run it. sources: every lab, "yours" or "reference"."""
+
+    sources: dict[Lab, str]
+    model: Any
+    tokenizer: Any
+    eos_token_ids: frozenset[int]
+    generating: ModuleType
+    sampling: ModuleType
+    blame: "_Blame"
+
+    def complete(
+        self,
+        prompt_ids: Sequence[int],
+        sampling_params: dict[str, Any],
+        max_tokens: int,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Any:
+        """Continue a prompt; returns week1/generate.py's Completion.
+
+        sampling_params: arguments of SamplingParams. Raises LabCrashed for an error in a learner's
+        file, ValueError for a request that cannot be met.
+        """
+        self._check_ids(prompt_ids)
+        params = self.sampling.SamplingParams(**sampling_params)
+        with self.blame:
+            return self.generating.generate(
+                lambda token_ids: self.generating.next_token_logits(self.model, token_ids),
+                prompt_ids,
+                lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=True),
+                max_tokens=max_tokens,
+                max_model_len=self.model.config.max_position_embeddings,
+                eos_token_ids=self.eos_token_ids,
+                choose=self.sampling.Sampler(params, len(prompt_ids)),
+                on_text=on_text,
+            )
+
+    def _check_ids(self, prompt_ids: Sequence[int]) -> None:
+        vocab_size = self.model.config.vocab_size
+        wrong = next((i for i in prompt_ids if not 0 <= i < vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {vocab_size} tokens")
+
+
+def assemble(
+    yours: Iterable[Lab], folder: Path, dtype: str, tokenizer: Any, eos_token_ids: frozenset[int]
+) -> Engine:
+    """Put an engine together and load the checkpoint folder into it.
+
+    yours: the labs to take from code/; every other one is the reference. dtype: "float32" or
+    "bfloat16". Raises LabCrashed for an error in a learner's file, ValueError for a bad checkpoint.
+    """
+    import torch
+
+    chosen = set(yours)
+    sources = {lab: YOURS if lab in chosen else REFERENCE for lab in all_labs()}
+    blame = _Blame(sources, _activate(chosen))
+    with blame:
+        labs = {lab.name: grading.import_lab(lab) for lab in sources}
+        model = labs["week1/qwen"].load_model(folder, getattr(torch, dtype))
+    modules = labs["week1/generate"], labs["week1/sampling"]
+    return Engine(sources, model, tokenizer, eos_token_ids, *modules, blame)
+
+
+def _activate(yours: set[Lab]) -> list[Path]:
+    """Put the engine's layer on the path; returns the folders that hold the learner's files."""
+    for lab in sorted(yours):
+        if not lab.code.is_file():
+            raise ValueError(f"code/{lab.name}.py does not exist; `course reset {lab.name}` helps")
+    files = {f"{lab.name}.py": lab.code for lab in yours}
+    for week in {lab.week for lab in yours}:
+        # Helper modules that the learner's labs may import travel with them.
+        helpers = (layers.CODE / week).glob("*.py")
+        files |= {f"{week}/{file.name}": file for file in helpers if file.stem not in WEEKS[week]}
+    folders = layers.folders("solutions", files)
+    layers.activate(folders)
+    grading.session.folders = tuple(folders)
+    return folders[:-1]
+
+
+class _Blame:
+    """A block in which an error that a learner's file raised becomes LabCrashed."""
+
+    def __init__(self, sources: dict[Lab, str], folders: list[Path]):
+        self._sources = sources
+        self._folders = folders
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, Exception):
+            return
+        frame = grading.learner_frame(error, self._folders)
+        if frame is None:
+            return
+        file = grading.short_path(frame.filename)
+        for lab, source in self._sources.items():
+            if file == f"{lab.name}.py" and source == YOURS:
+                raise LabCrashed(lab, error, f"code/{file}, line {frame.lineno}") from error

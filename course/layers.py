@@ -1,0 +1,200 @@
+"""Whose `weekN` is imported: the layers of sys.path, and the paths that choose them.
+
+A layer is a list of folders that hold `weekN` packages. Grading the learner puts `code/` there, and
+in front of it an overlay with copies of the references that the learner asked for by name. Grading
+the reference puts `solutions/` there. The two never stand together while the learner is graded: a
+deleted file must be missing, not silently replaced.
+"""
+
+import ast
+import contextlib
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from course.labs import ROOT, WEEKS, Lab, all_labs, find_labs
+
+CODE = ROOT / "code"
+SOLUTIONS = ROOT / "solutions"
+TESTS = ROOT / "tests"
+REFERENCE_FILE = ROOT / "progress" / "reference.txt"
+STATE = ROOT / ".course"
+SECONDS_TO_KEEP_OVERLAYS = 24 * 3600
+
+
+class LayerError(ValueError):
+    """A request that names no tree to grade, or more than one; the message is for the learner."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a pytest command line asks for.
+
+    tree: "code", "solutions", or "" when no lab is graded. args: paths that pytest collects.
+    """
+
+    tree: str
+    args: list[str]
+
+
+def select(args: Sequence[str], cwd: Path) -> Selection:
+    """Map paths under code/ and solutions/ to the graded suites; other paths stay as they are.
+
+    args: as typed, relative to cwd, with or without ::node. Raises LayerError.
+    """
+    trees: set[str] = set()
+    mapped: list[str] = []
+    for arg in args:
+        path, separator, node = arg.partition("::")
+        tree, files = _suites(Path(os.path.normpath(cwd / path)))
+        if tree:
+            trees.add(tree)
+        mapped += [f"{file}{separator}{node}" for file in files] if files else [arg]
+    if len(trees) > 1:
+        raise LayerError(
+            "one run grades one tree: call `pytest code/…` and `pytest solutions/…` separately"
+        )
+    return Selection(trees.pop() if trees else "", mapped)
+
+
+def _suites(path: Path) -> tuple[str, list[str]]:
+    if path in (ROOT, TESTS):
+        return "code", [str(TESTS)]
+    if not path.is_relative_to(ROOT):
+        return "", []
+    tree, *rest = path.relative_to(ROOT).parts
+    if tree == "tests":
+        # An editor's test explorer asks for the suites themselves: they grade the learner's code.
+        return ("code" if rest[0] in WEEKS else ""), [str(path)]
+    if tree not in ("code", "solutions"):
+        return "", []
+    if not rest:
+        return tree, [str(TESTS / week) for week in WEEKS]
+    if len(rest) == 1 and rest[0] in WEEKS:
+        return tree, [str(TESTS / rest[0])]
+    try:
+        labs = find_labs("/".join(rest))
+    except ValueError as error:
+        raise LayerError(str(error)) from None
+    return tree, [str(lab.tests) for lab in labs]
+
+
+def check_trees() -> None:
+    """Refuse a tree whose packages are no longer open to layers. Raises LayerError."""
+    for file in [*CODE.glob("**/__init__.py"), *SOLUTIONS.glob("**/__init__.py")]:
+        name = file.relative_to(ROOT).as_posix()
+        raise LayerError(f"remove {name}: it hides Python's own `code` module or other layers")
+
+
+def named_references(words: Iterable[str]) -> list[Lab]:
+    """Resolve the labs to take from the reference: the given words and progress/reference.txt."""
+    lines = REFERENCE_FILE.read_text(encoding="utf-8") if REFERENCE_FILE.is_file() else ""
+    words = [*words, *(line.partition("#")[0].strip() for line in lines.splitlines())]
+    found: set[Lab] = set()
+    for word in filter(None, words):
+        try:
+            found.update(find_labs(word))
+        except ValueError as error:
+            raise LayerError(f"--reference or {REFERENCE_FILE.name}: {error}") from None
+    return [lab for lab in all_labs() if lab in found]
+
+
+def build_overlay(files: Mapping[str, Path]) -> Path:
+    """Make a layer folder of copies; the same files give the same folder.
+
+    files: what to copy, by its place in the layer, such as "week1/attention.py".
+    """
+    digest = hashlib.sha256()
+    for place, file in sorted(files.items()):
+        digest.update(f"{place}\0".encode() + file.read_bytes() + b"\0")
+    overlay = STATE / "overlays" / digest.hexdigest()[:16]
+    if overlay.is_dir():
+        os.utime(overlay)
+        return overlay
+    _remove_old_overlays(overlay.parent)
+    unfinished = overlay.with_name(f"{overlay.name}.{os.getpid()}")
+    for place, file in files.items():
+        target = unfinished / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    try:
+        unfinished.rename(overlay)
+    except OSError:  # another process was faster; its folder holds the same
+        shutil.rmtree(unfinished)
+    return overlay
+
+
+def _remove_old_overlays(parent: Path) -> None:
+    for folder in parent.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # other processes rename and remove them too
+            if time.time() - folder.stat().st_mtime > SECONDS_TO_KEEP_OVERLAYS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def folders(tree: str, overlaid: Mapping[str, Path]) -> list[Path]:
+    """List a layer's folders in import order. overlaid: see `build_overlay`; it comes first."""
+    overlay = [build_overlay(overlaid)] if overlaid else []
+    return [*overlay, SOLUTIONS if tree == "solutions" else CODE]
+
+
+def activate(layer: Sequence[Path]) -> None:
+    """Put a layer on sys.path and into PYTHONPATH, for this process and every child it starts.
+
+    The layer's folders come first; the repository root comes last, so that spawned children can
+    unpickle what test modules define. Labs imported before are forgotten.
+    """
+    front, last = [str(folder) for folder in layer], str(ROOT)
+    ours = {*front, last, str(CODE), str(SOLUTIONS)}
+    others = [entry for entry in sys.path if entry not in ours and not _is_overlay(entry)]
+    sys.path[:] = [*front, *others, last]
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = [
+        entry for entry in inherited if entry and entry not in ours and not _is_overlay(entry)
+    ]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*front, *others, last])
+    forget_labs()
+
+
+def forget_labs() -> None:
+    """Drop every imported `weekN` module, so that the next import looks at sys.path again."""
+    for name in [name for name in sys.modules if week_of(name)]:
+        del sys.modules[name]
+
+
+def week_of(module: str) -> int | None:
+    """Return the number of the week that a module name such as "week2.kv_cache" belongs to."""
+    match = re.fullmatch(r"week(\d+)", module.partition(".")[0])
+    return int(match[1]) if match else None
+
+
+def imported_modules(tree: ast.AST) -> list[str]:
+    """List the modules that a parsed file imports, inside functions too."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    return names
+
+
+def stray_files(week: str) -> list[str]:
+    """Name files of code/weekN that are no lab, each with the lab whose name it nearly has."""
+    strays = []
+    for file in sorted((CODE / week).glob("*.py")):
+        if file.stem not in WEEKS[week]:
+            near = difflib.get_close_matches(file.stem, WEEKS[week], n=1)
+            if near:
+                strays.append(f"code/{week}/{file.name} (is it meant to be {near[0]}.py?)")
+    return strays
+
+
+def _is_overlay(entry: str) -> bool:
+    return Path(entry).is_relative_to(STATE / "overlays")

@@ -1,0 +1,417 @@
+"""Measure the graders: run every suite against wrong solutions and see which ones it lets through.
+
+Two kinds of wrong solutions. The misconceptions of tests/weekN/misconceptions/LAB.toml, written by
+hand: the reference with one piece of text replaced. And generated ones: the reference with one
+operator, comparison, constant, condition or statement changed. A generated mutant that behaves like
+the reference is named in the same file as an [[equivalent]] with its reason.
+"""
+
+import ast
+import copy
+import gc
+import hashlib
+import importlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from course import layers, stubs
+from course.labs import ROOT, Lab
+
+SECONDS_PER_MUTANT = 180
+# A mutant that allocates without end must not take the machine with it.
+MAX_BYTES = 12 * 2**30
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One wrong solution. id: of the misconception, or where and what was changed."""
+
+    lab: Lab
+    kind: str
+    id: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """killed_by: the first test that failed; "" when the mutant survived."""
+
+    killed_by: str
+    seconds: float
+
+
+def misconceptions(lab: Lab) -> list[dict[str, str]]:
+    """Read a lab's misconceptions; ValueError when a row is incomplete or does not fit its lab."""
+    rows = _toml(lab).get("misconception", [])
+    source = lab.solution.read_text(encoding="utf-8")
+    for row in rows:
+        missing = {"id", "belief", "replace", "with", "ask"} - row.keys()
+        if missing:
+            raise ValueError(
+                f"{lab.misconceptions.name}: {row} has no {', '.join(sorted(missing))}"
+            )
+        count = source.count(row["replace"])
+        if count != 1:
+            raise ValueError(
+                f"{lab.misconceptions.name}: the text that {row['id']!r} replaces occurs {count} "
+                f"times in {lab.solution.name}, and it must occur once"
+            )
+    ids = [row["id"] for row in rows]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{lab.misconceptions.name}: two rows have the same id")
+    return rows
+
+
+def equivalents(lab: Lab) -> dict[str, str]:
+    """Read which generated mutants of a lab behave like the reference: id → reason."""
+    return {row["mutant"]: row["reason"] for row in _toml(lab).get("equivalent", [])}
+
+
+def _toml(lab: Lab) -> dict:
+    return tomllib.loads(lab.misconceptions.read_text(encoding="utf-8"))
+
+
+def listed_mutants(lab: Lab) -> list[Mutant]:
+    """Apply every misconception to the reference."""
+    source = lab.solution.read_text(encoding="utf-8")
+    return [
+        Mutant(lab, "listed", row["id"], source.replace(row["replace"], row["with"]))
+        for row in misconceptions(lab)
+    ]
+
+
+def generated_mutants(lab: Lab) -> list[Mutant]:
+    """Change what a learner has to write, one place at a time."""
+    tree = ast.parse(lab.solution.read_text(encoding="utf-8"))
+    answers = _answer_names(lab, tree)
+    mutants: dict[str, Mutant] = {}
+    for position, node in enumerate(tree.body):
+        name = getattr(node, "name", "")
+        if name not in answers:
+            continue
+        for text, mutated in _mutations(node):
+            changed = copy.deepcopy(tree)
+            changed.body[position] = mutated
+            key = f"{name}: {text}"
+            while key in mutants:
+                key += " (again)"
+            mutants[key] = Mutant(lab, "generated", key, ast.unparse(changed))
+    return list(mutants.values())
+
+
+def _answer_names(lab: Lab, tree: ast.Module) -> set[str]:
+    """Return the definitions that a learner writes: what the stub lacks or has without a body."""
+    given = {getattr(node, "name", "") for node in ast.parse(stubs.make_stub(lab)).body}
+    defined = {getattr(node, "name", "") for node in tree.body} - {""}
+    return (defined - given) | (defined & set(_graded_names(tree)))
+
+
+def _graded_names(tree: ast.Module) -> list[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+def _mutations(definition: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
+    """Yield (what was changed, the changed definition) for every place that can be changed."""
+    for index, (node, _) in enumerate(_places(definition)):
+        for number in range(len(_changes(node))):
+            mutated = copy.deepcopy(definition)
+            place, statement = list(_places(mutated))[index]
+            before = _text(statement)
+            replacement = _changes(place)[number]
+            if place is statement:
+                after = _text(replacement)
+                _replace(mutated, place, replacement)
+            else:
+                _replace(mutated, place, replacement)
+                after = _text(statement)
+            yield f"{before} → {after}", mutated
+
+
+def _text(statement: ast.AST) -> str:
+    """Write a statement on one line; of one that holds others, only its head."""
+    return " ".join(ast.unparse(statement).partition(":\n")[0].split())
+
+
+def _places(definition: ast.stmt) -> Iterator[tuple[ast.AST, ast.stmt]]:
+    """Yield (node, its statement) in bodies; not in signatures, docstrings or error messages."""
+    functions = [n for n in ast.walk(definition) if isinstance(n, ast.FunctionDef)]
+    nested = {inner for f in functions for inner in ast.walk(f) if inner is not f}
+    for function in functions:
+        if function in nested:
+            continue
+        for statement in function.body[1:] if ast.get_docstring(function) else function.body:
+            yield from _walk(statement, statement)
+
+
+def _walk(node: ast.AST, statement: ast.stmt) -> Iterator[tuple[ast.AST, ast.stmt]]:
+    statement = node if isinstance(node, ast.stmt) else statement
+    yield node, statement
+    if isinstance(node, (ast.Raise, ast.JoinedStr)):
+        return
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "args") and not isinstance(node, ast.Call):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from _walk(child, statement)
+
+
+_OPERATORS = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+
+
+def _changes(node: ast.AST) -> list[ast.AST]:
+    """List the nodes that may stand in this node's place."""
+    changes: list[ast.AST] = []
+    if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in _OPERATORS:
+        changed = copy.deepcopy(node)
+        changed.op = _OPERATORS[type(node.op)]()
+        changes.append(changed)
+    elif isinstance(node, ast.Compare) and type(node.ops[0]) in _OPERATORS:
+        changed = copy.deepcopy(node)
+        changed.ops[0] = _OPERATORS[type(node.ops[0])]()
+        changes.append(changed)
+    elif isinstance(node, ast.UnaryOp):
+        changes.append(node.operand)
+    elif isinstance(node, ast.Constant):
+        changes += _other_constants(node.value)
+    elif isinstance(node, (ast.If, ast.IfExp)):
+        for value in (True, False):
+            changed = copy.deepcopy(node)
+            changed.test = ast.Constant(value)
+            changes.append(changed)
+    elif isinstance(node, (ast.Expr, ast.AugAssign, ast.Raise, ast.Break, ast.Continue)):
+        changes.append(ast.Pass())
+    return changes
+
+
+def _other_constants(value: object) -> list[ast.AST]:
+    if isinstance(value, bool):
+        return [ast.Constant(not value)]
+    if isinstance(value, int):
+        return [ast.Constant(value + 1)]
+    if isinstance(value, float):
+        return [ast.Constant(value + 1.0)]
+    return []
+
+
+def _replace(root: ast.AST, old: ast.AST, new: ast.AST) -> None:
+    for parent in ast.walk(root):
+        for field, value in ast.iter_fields(parent):
+            if value is old:
+                setattr(parent, field, new)
+            elif isinstance(value, list) and any(item is old for item in value):
+                value[next(i for i, item in enumerate(value) if item is old)] = new
+
+
+def results_file(week: str) -> Path:
+    """Return where the committed results of a week lie."""
+    return layers.TESTS / week / "mutants.json"
+
+
+def digest(lab: Lab) -> str:
+    """Digest what a lab's result speaks of: reference, suite, misconceptions, tolerances."""
+    from course import grading  # brings torch, for which `hunt` sets the threads first
+
+    # Which survivors are equivalent is judged afterwards, so those rows are left out.
+    rows = json.dumps(misconceptions(lab), sort_keys=True)
+    total = hashlib.sha256(f"{dict(grading.TOLERANCE)}{rows}".encode())
+    for file in [lab.solution, lab.tests]:
+        total.update(file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return total.hexdigest()[:16]
+
+
+def hunt(labs: list[Lab], listed_only: bool = False) -> int:
+    """Run the mutants of the labs, print the verdicts and keep them; returns 1 if one survived.
+
+    listed_only: leave the generated ones out; nothing is kept then.
+    """
+    if not hasattr(os, "fork"):
+        raise ValueError("course mutants needs Linux or macOS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many workers as cores
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    num_survivors = 0
+    for lab in labs:
+        start = time.perf_counter()
+        mutants = listed_mutants(lab) + ([] if listed_only else generated_mutants(lab))
+        verdicts = _run_all(lab, mutants)
+        num_survivors += _tell(lab, verdicts, time.perf_counter() - start)
+        if not listed_only:
+            _keep(lab, verdicts, time.perf_counter() - start)
+    return 1 if num_survivors else 0
+
+
+def _tell(lab: Lab, verdicts: dict[Mutant, Verdict], seconds: float) -> int:
+    """Print a lab's verdicts; returns how many mutants survived without being named equivalent."""
+    reasons = equivalents(lab)
+    num_survivors = 0
+    for mutant, verdict in verdicts.items():
+        if verdict.killed_by and mutant.kind == "listed":
+            print(f"  killed    {mutant.id:<34} {verdict.killed_by}")
+        elif not verdict.killed_by and mutant.id not in reasons:
+            num_survivors += 1
+            print(f"  SURVIVED  {mutant.id}")
+        elif verdict.killed_by and mutant.id in reasons:
+            num_survivors += 1
+            print(f"  NOT EQUIVALENT  {mutant.id} (killed by {verdict.killed_by})")
+    stale = reasons.keys() - {mutant.id for mutant in verdicts}
+    if any(mutant.kind == "generated" for mutant in verdicts):
+        for name in sorted(stale):
+            num_survivors += 1
+            print(f"  NO SUCH MUTANT  {name}")
+    counts = _counts(lab, verdicts)
+    print(
+        f"{lab.name}: misconceptions {counts['listed_killed']}/{counts['listed']} killed, "
+        f"generated {counts['generated_killed']}/{counts['generated']} killed "
+        f"and {counts['equivalent']} equivalent, {seconds:.0f} s",
+        flush=True,
+    )
+    return num_survivors
+
+
+def _counts(lab: Lab, verdicts: dict[Mutant, Verdict]) -> dict[str, int]:
+    reasons = equivalents(lab)
+    counts = {"equivalent": sum(mutant.id in reasons for mutant in verdicts)}
+    for kind in ("listed", "generated"):
+        ours = [verdict for mutant, verdict in verdicts.items() if mutant.kind == kind]
+        counts[kind] = len(ours)
+        counts[f"{kind}_killed"] = sum(bool(verdict.killed_by) for verdict in ours)
+    return counts
+
+
+def _keep(lab: Lab, verdicts: dict[Mutant, Verdict], seconds: float) -> None:
+    counts = _counts(lab, verdicts)
+    del counts["equivalent"]
+    file = results_file(lab.week)
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    results[lab.name] = {
+        "digest": digest(lab),
+        **counts,
+        "seconds": round(seconds),
+        "killed_by": {m.id: v.killed_by for m, v in verdicts.items() if m.kind == "listed"},
+        "survivors": [m.id for m, v in verdicts.items() if not v.killed_by],
+    }
+    text = json.dumps(dict(sorted(results.items())), indent=1, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _run_all(lab: Lab, mutants: list[Mutant]) -> dict[Mutant, Verdict]:
+    """Run each mutant in a fork of this process, which has the libraries loaded already."""
+    _import_what_the_suite_imports(lab)
+    waiting, running = list(reversed(mutants)), {}
+    verdicts: dict[Mutant, Verdict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                mutant = waiting.pop()
+                target = Path(folder) / str(len(waiting))
+                running[_start(mutant, target)] = mutant, target, time.perf_counter()
+            for pid in list(running):
+                mutant, target, start = running[pid]
+                seconds = time.perf_counter() - start
+                verdict = _finish(pid, target, seconds)
+                if verdict is not None:
+                    verdicts[mutant] = verdict
+                    del running[pid]
+            time.sleep(0.01)
+    gc.unfreeze()
+    return {mutant: verdicts[mutant] for mutant in mutants}
+
+
+def _import_what_the_suite_imports(lab: Lab) -> None:
+    tree = ast.parse(lab.tests.read_bytes())
+    for name in ["pytest", "torch", "course.plugin", *layers.imported_modules(tree)]:
+        importlib.import_module(name)
+    gc.freeze()
+
+
+def _start(mutant: Mutant, target: Path) -> int:
+    target.mkdir()
+    file = target / f"{mutant.lab.stem}.py"
+    file.write_text(mutant.source, encoding="utf-8")
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        import resource  # POSIX only, and so is this function
+
+        os.setpgrp()
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+        log = os.open(target / "log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.chdir(ROOT)
+        os._exit(_grade(mutant, file, target / "grades.json"))
+    finally:
+        os._exit(99)
+
+
+def _grade(mutant: Mutant, file: Path, target: Path) -> int:
+    import pytest
+
+    return pytest.main(
+        [
+            str(mutant.lab.solution),
+            *("-xq", "--assert=plain"),
+            *("-p", "no:cacheprovider"),
+            # These two collect garbage three times a run, which costs more than most mutants.
+            *("-p", "no:unraisableexception", "-p", "no:threadexception"),
+            *("--candidate", f"{mutant.lab.name}={file}"),
+            *("--grade-json", str(target)),
+        ]
+    )
+
+
+def _finish(pid: int, target: Path, seconds: float) -> Verdict | None:
+    """Return the verdict of a fork, or None while it runs."""
+    if seconds > SECONDS_PER_MUTANT:
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return Verdict("the time limit", seconds)
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        return None
+    code = os.waitstatus_to_exitcode(status)
+    if code == 0:
+        return Verdict("", seconds)
+    grades = target / "grades.json"
+    if code == 1 and grades.is_file():
+        (grade,) = json.loads(grades.read_text(encoding="utf-8")).values()
+        return Verdict(grade["first"]["test"], seconds)
+    if code < 0 or code == 1:
+        return Verdict(f"a crash of the process ({code})", seconds)
+    log = (target / "log").read_text(encoding="utf-8", errors="replace")
+    raise RuntimeError(f"pytest itself failed with status {code}:\n{log[-3000:]}")

@@ -1,0 +1,335 @@
+"""The pytest plugin: chooses the layer, keeps learners' accidents apart, and words the results."""
+
+import functools
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from course import grading, layers
+from course.grading import OutOfTime, PrintFlood, session
+from course.labs import Lab, all_labs
+
+# A graded test takes well under a second; the first use of a library may take several.
+SECONDS_PER_TEST = 20.0
+# The backstop for loops that the first limit cannot reach, such as one inside a library.
+HARD_LIMIT_FACTOR = 5
+MAX_PRINTED = 200_000
+MAX_SHOWN_FAILURES = 3
+# What a test's report carries about its lab, so that it survives the way from an xdist worker.
+PROPERTY = "course"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("course", "Socratic Serving")
+    group.addoption(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="LAB",
+        help="take week1, or week1/rope, from the reference while other labs are graded",
+    )
+    group.addoption(
+        "--candidate",
+        action="append",
+        default=[],
+        metavar="LAB=FILE",
+        help="with pytest solutions/…: grade FILE in the place of the reference of LAB",
+    )
+    group.addoption(
+        "--seconds-per-test",
+        type=float,
+        default=SECONDS_PER_TEST,
+        metavar="S",
+        help="stop a graded test after S seconds (default: %(default)g)",
+    )
+    group.addoption("--grade-json", metavar="FILE", help="write the result of every lab to FILE")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # xdist's workers get the paths and options as they were typed, and come by here like everybody;
+    # the overlay that the controller built is found again by its content.
+    try:
+        layers.check_trees()
+        selection = layers.select(config.args, config.invocation_params.dir)
+        tree, overlaid = selection.tree, _overlaid(config, selection.tree)
+    except layers.LayerError as error:
+        raise pytest.UsageError(str(error)) from None
+    config.args = selection.args
+    places = {f"{name}.py": Path(file) for name, file in overlaid.items()}
+    folders = layers.folders(tree or "code", places)
+    if tree:
+        layers.activate(folders)
+    else:
+        sys.path[:] = [*(e for e in sys.path if e != str(layers.ROOT)), str(layers.ROOT)]
+    session.tree, session.folders = tree, tuple(folders)
+    referenced = [lab for lab in all_labs() if lab.name in overlaid]
+    config.stash[_referenced] = referenced if tree == "code" else []
+    if tree == "code" and config.option.reportchars == "fE":
+        config.option.reportchars = "E"  # every failure has been told in full by then
+    _configure_hypothesis()
+
+
+_referenced: pytest.StashKey[list[Lab]] = pytest.StashKey()
+
+
+def _overlaid(config: pytest.Config, tree: str) -> dict[str, str]:
+    named, candidates = config.getoption("--reference"), config.getoption("--candidate")
+    if named and tree != "code":
+        raise layers.LayerError("--reference goes with pytest code/…")
+    if candidates and tree != "solutions":
+        raise layers.LayerError("--candidate goes with pytest solutions/…")
+    if tree == "code":
+        return {lab.name: str(lab.solution) for lab in layers.named_references(named)}
+    return dict(candidate.split("=", 1) for candidate in candidates)
+
+
+def _configure_hypothesis() -> None:
+    try:
+        from hypothesis import Phase, settings
+    except ImportError:
+        return
+    # The same examples in every run, and no files: a grade depends on the code alone.
+    phases = (Phase.explicit, Phase.generate, Phase.shrink)
+    settings.register_profile(
+        "course", max_examples=30, deadline=None, derandomize=True, database=None, phases=phases
+    )
+    settings.load_profile("course")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if not session.tree:
+        return []
+    names = [lab.name for lab in config.stash[_referenced]]
+    line = f"grading {session.tree}/"
+    return [f"{line}, with the reference for {', '.join(names)}" if names else line]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    referenced = config.stash[_referenced]
+    hard_limit = config.getoption("--seconds-per-test") * HARD_LIMIT_FACTOR
+    for item in items:
+        lab = lab_of(item)
+        if lab and config.pluginmanager.hasplugin("timeout"):
+            item.add_marker(pytest.mark.timeout(hard_limit, method="thread"))
+        if lab in referenced:
+            reason = (
+                f"{lab.name} is taken from the reference, so there is nothing of yours to grade"
+            )
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def lab_of(item: pytest.Item) -> Lab | None:
+    """Return the lab whose suite the test belongs to."""
+    return _lab_of_suite(item.path)
+
+
+@functools.cache
+def _lab_of_suite(path: Path) -> Lab | None:
+    return next((lab for lab in all_labs() if lab.tests == path), None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    if not (session.tree and lab_of(item)):
+        return (yield)
+    session.last_call = ""
+    streams, leave = (sys.stdout, sys.stderr), os._exit
+    sys.stdout, sys.stderr = map(_LimitedStream, streams)
+    # It would end the run with a status that looks like success.
+    os._exit = sys.exit
+    try:
+        with _TimeLimit(item.config.getoption("--seconds-per-test")):
+            return (yield)
+    except pytest.exit.Exception as error:
+        if grading.learner_frame(error):
+            raise grading.GradedFailure(f"the lab ends the test run: {error}") from None
+        raise
+    finally:
+        sys.stdout, sys.stderr = streams
+        os._exit = leave
+
+
+class _LimitedStream:
+    """Passes on what is printed until it is too much for a report."""
+
+    def __init__(self, stream):
+        self._stream = stream
+        self._left = MAX_PRINTED
+
+    def write(self, text: str) -> int:
+        self._left -= len(text)
+        if self._left < 0:
+            raise PrintFlood(f"this test printed more than {MAX_PRINTED:,} characters")
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+class _TimeLimit:
+    """Raises OutOfTime in the main thread when the block runs too long; POSIX only."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._usable = (
+            hasattr(signal, "setitimer")
+            and threading.current_thread() is threading.main_thread()
+            and sys.gettrace() is None  # a debugger waits for a person
+        )
+
+    def __enter__(self) -> None:
+        if self._usable:
+            self._previous = signal.signal(signal.SIGALRM, self._stop)
+            # Again every second, for code that catches everything inside its loop.
+            signal.setitimer(signal.ITIMER_REAL, self._seconds, 1.0)
+
+    def __exit__(self, *_: object) -> None:
+        if self._usable:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.signal(signal.SIGALRM, self._previous)
+
+    def _stop(self, *_: object) -> None:
+        if sys.gettrace() is not None:
+            return  # breakpoint() was reached after the start
+        raise OutOfTime(f"this test ran longer than {self._seconds:g} s and was stopped")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    lab = lab_of(item)
+    if lab is None or not session.tree:
+        return (yield)
+    # Else hypothesis writes its example as a patch for the suite, which is not the learner's.
+    vars(item).pop("_hypothesis_failing_examples", None)
+    error = call.excinfo.value if call.excinfo else None  # pytest replaces some of them below
+    report = yield
+    kind, text = "", ""
+    if report.skipped and error is not None and grading.learner_frame(error):
+        # Only the suite may skip a test, not the file that it grades.
+        report.outcome = "failed"
+        vars(report).pop("wasxfail", None)
+    if report.failed and error is not None:
+        if isinstance(error, OutOfTime):
+            grading.lab(lab.name).note_timeout()
+        kind, text = grading.explain(error, lab)
+        report.longrepr = grading.render(lab, item.name, text)
+        report.sections = [(title, _tail(content)) for title, content in report.sections]
+    report.user_properties.append((PROPERTY, {"lab": lab.name, "kind": kind, "text": text}))
+    return report
+
+
+def _tail(text: str, count: int = 20) -> str:
+    lines = text.splitlines()
+    if len(lines) <= count and len(text) <= 2000:
+        return text
+    kept = "\n".join(line[:200] for line in lines[-count:])
+    return f"… {max(0, len(lines) - count)} lines before\n{kept}"
+
+
+def _verdict(report: pytest.TestReport) -> dict[str, str]:
+    return dict(report.user_properties).get(PROPERTY, {})
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter, config: pytest.Config):
+    """Show failures of a whole lab once, and of the others a few, each of another test function."""
+    stats = terminalreporter.stats
+    failed = stats.get("failed", [])
+    shown, whole_lab, hidden = _sort_failures(failed, all_of_them=config.option.verbose > 0)
+    if failed:
+        stats["failed"] = shown
+    result = yield
+    if failed:
+        stats["failed"] = failed
+    if whole_lab or hidden:
+        terminalreporter.section("labs")
+    for name, count in hidden.items():
+        terminalreporter.write_line(
+            f"{name}: {count} more failing tests (all of them: pytest -v code/{name}.py)"
+        )
+    for (name, text), verdicts in whole_lab.items():
+        line = text or _unwritten_line(name, verdicts)
+        terminalreporter.write_line(f"{line} ({len(verdicts)} tests)")
+    return result
+
+
+def _sort_failures(reports: list, all_of_them: bool) -> tuple[list, dict, dict]:
+    shown, whole_lab, hidden = [], {}, {}
+    num_shown: dict[str, int] = {}
+    functions: set[str] = set()
+    for report in reports:
+        verdict = _verdict(report)
+        name, kind = verdict.get("lab", ""), verdict.get("kind")
+        if kind in ("not written", "unusable"):
+            own = kind == "not written" and verdict["text"].startswith(f"{name}.py:")
+            key = name, "" if own else verdict["text"]
+            whole_lab.setdefault(key, []).append(verdict["text"])
+            continue
+        function = report.nodeid.partition("[")[0]
+        enough = function in functions or num_shown.get(name, 0) >= MAX_SHOWN_FAILURES
+        if name and enough and not all_of_them:
+            hidden[name] = hidden.get(name, 0) + 1
+            continue
+        functions.add(function)
+        num_shown[name] = num_shown.get(name, 0) + 1
+        shown.append(report)
+    return shown, whole_lab, hidden
+
+
+def _unwritten_line(name: str, texts: list[str]) -> str:
+    """Join stubs' messages, "week1/rope.py: NAME is not written yet → NOTE", into one line."""
+    names = dict.fromkeys(text.partition(": ")[2].partition(" is not")[0] for text in texts)
+    note = texts[0].partition("→")[2].strip()
+    return f"{name}.py: not written yet: {', '.join(names)} → {note}"
+
+
+class _Grades:
+    """Counts the outcome of every lab of a run and writes it when the run ends."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._labs: dict[str, dict] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            lab = lab_of(item)
+            if lab:
+                self._grade(lab.name)["collected"] += 1
+
+    def _grade(self, name: str) -> dict:
+        empty = {
+            **dict.fromkeys(("collected", "passed", "failed", "skipped", "not_written"), 0),
+            "seconds": 0.0,
+            "first": None,
+        }
+        return self._labs.setdefault(name, empty)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        verdict = _verdict(report)
+        decisive = report.when == "call" or report.outcome != "passed"
+        if not verdict or not decisive:
+            return
+        grade = self._grade(verdict["lab"])
+        grade[report.outcome] += 1
+        grade["seconds"] = round(grade["seconds"] + report.duration, 3)
+        if report.failed:
+            grade["not_written"] += verdict["kind"] == "not written"
+            first = {"test": report.nodeid.rpartition("::")[2], **verdict}
+            grade["first"] = grade["first"] or first
+
+    def pytest_sessionfinish(self) -> None:
+        self._path.write_text(json.dumps(self._labs, indent=1), encoding="utf-8")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    target = session.config.getoption("--grade-json")
+    if target and not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(_Grades(Path(target)), "course-grades")

@@ -1,0 +1,30 @@
+"""`course test`: one command that proves references, stubs, graders and tools agree."""
+
+import os
+import subprocess
+import sys
+
+from course import models
+from course.labs import ROOT
+
+
+def prove() -> int:
+    """Run every proof; returns pytest's exit status, after its own summary as the last line."""
+    for title, command in (("style", ["ruff", "check"]), ("format", ["ruff", "format", "--check"])):
+        print(f"{title}: {' '.join(command)}", flush=True)
+        code = subprocess.run([sys.executable, "-m", *command, "."], cwd=ROOT).returncode
+        if code:
+            return code
+    try:
+        models.resolve_model(None)
+    except models.ModelUnavailable as error:
+        print(f"{error}\nThe tests of the default model are skipped.", flush=True)
+    # One thread: most proofs start processes, and torch's threads spin where they share a core.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    suites = ["solutions", "tests/course"]
+    command = ["pytest", *suites, "-q"]
+    print(f"proof: {' '.join(command)}", flush=True)
+    return subprocess.run(
+        [sys.executable, "-m", *command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment
+    ).returncode

@@ -1,0 +1,203 @@
+"""`course learn`, `course chat` and `course generate`: text from the engine that the labs make."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from course import models, status
+from course.engine import Engine, LabCrashed, assemble
+from course.grading import LabUnusable
+from course.labs import Lab, all_labs
+
+LABS_PER_LINE = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks of the engine.
+
+    model: a folder, a hub name, or None for the default. engine: "hybrid", "solutions" or "code".
+    dtype: "float32" or "bfloat16". Raises ValueError for max_tokens below 1.
+    """
+
+    model: str | None = None
+    engine: str = "hybrid"
+    dtype: str = "float32"
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+
+
+class Conversation:
+    """An engine that is put together again, with one lab less of the learner's, after a crash."""
+
+    def __init__(self, request: Request):
+        self.request = request
+        folder = models.resolve_model(request.model, report=_tell)
+        tokenizer = models.load_tokenizer(folder)
+        self._parts = (folder, request.dtype, tokenizer, models.eos_token_ids(folder, tokenizer))
+        self.tokenizer = tokenizer
+        self._yours, self.remarks = _chosen_labs(request.engine)
+        self.engine: Engine = self._surviving_crashes(self._assemble)
+
+    def complete(self, prompt_ids: list[int], on_text: Callable[[str], None] | None) -> Any:
+        """Answer one prompt; returns a Completion. Raises ValueError for one that is refused."""
+        context = self.engine.model.config.max_position_embeddings
+        if not 0 < len(prompt_ids) < context:
+            raise ValueError(
+                f"the prompt has {len(prompt_ids)} tokens; this model takes 1 to {context - 1}"
+            )
+        request = self.request
+        params = {
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+        }
+        return self._surviving_crashes(
+            lambda: self.engine.complete(prompt_ids, params, request.max_tokens, on_text)
+        )
+
+    def table(self) -> str:
+        """Say whose lab is whose, and why a started one does not run."""
+        return "\n".join([sources_table(self.engine.sources), *self.remarks])
+
+    def _assemble(self) -> Engine:
+        return assemble(self._yours, *self._parts)
+
+    def _surviving_crashes(self, action: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return action()
+            except LabCrashed as crash:
+                if self.request.engine == "code":
+                    raise
+                _tell(f"\nYour lab failed: {crash}\nThe reference takes its place.\n")
+                self._yours.discard(crash.lab)
+                self.engine = self._assemble()
+
+
+def learn(prompt: str) -> int:
+    """Show the board, let the model answer through the learner's labs, name what is next."""
+    grades = status.grade_all()
+    print(status.board(grades))
+    _tell("\nLoading the model …")
+    code = chat(Request(max_tokens=48), prompt)
+    print(f"\n{status.next_step(grades)}")
+    return code
+
+
+def chat(request: Request, prompt: str | None) -> int:
+    """Answer the prompt, or, without one, whatever is typed until the input ends."""
+    try:
+        conversation = Conversation(request)
+        print(conversation.table())
+        if prompt is not None:
+            _answer(conversation, [], prompt)
+            return 0
+        return _read_and_answer(conversation)
+    except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
+        return _refuse(error)
+
+
+def _read_and_answer(conversation: Conversation) -> int:
+    print("Type a message; an empty line or Ctrl-D ends the conversation.")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("\nyou> ").strip()
+        except EOFError:
+            return 0
+        if not text:
+            return 0
+        try:
+            messages = _answer(conversation, messages, text)
+        except ValueError as error:
+            print(f"course: {error}; starting a new conversation")
+            messages = []
+
+
+def _answer(conversation: Conversation, messages: list[dict], text: str) -> list[dict]:
+    messages = [*messages, {"role": "user", "content": text}]
+    prompt = conversation.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False
+    )
+    prompt_ids = conversation.tokenizer.encode(prompt, add_special_tokens=False)
+    print(f"\n{text}\n→ " if len(messages) == 1 else "→ ", end="", flush=True)
+    start = time.perf_counter()
+    completion = conversation.complete(prompt_ids, lambda piece: print(piece, end="", flush=True))
+    seconds = time.perf_counter() - start
+    print(f"\n  ({len(completion.token_ids)} tokens in {seconds:.1f} s)")
+    return [*messages, {"role": "assistant", "content": completion.text}]
+
+
+def generate(request: Request, prompt: str, as_json: bool) -> int:
+    """Continue a text; with as_json, print one JSON object and nothing else on standard output."""
+    try:
+        conversation = Conversation(request)
+        prompt_ids = conversation.tokenizer.encode(prompt)
+        if not as_json:
+            print(conversation.table())
+            print(f"\n{prompt}", end="", flush=True)
+        show = None if as_json else lambda piece: print(piece, end="", flush=True)
+        start = time.perf_counter()
+        completion = conversation.complete(prompt_ids, show)
+        seconds = time.perf_counter() - start
+    except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
+        return _refuse(error)
+    if as_json:
+        print(json.dumps(_report(conversation, prompt_ids, completion, seconds)))
+    else:
+        print(f"\n  ({len(completion.token_ids)} tokens in {seconds:.1f} s)")
+    return 0
+
+
+def _report(conversation: Conversation, prompt_ids: list[int], completion: Any, seconds: float):
+    return {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": len(prompt_ids),
+        "seconds": round(seconds, 3),
+        "labs": {lab.name: source for lab, source in conversation.engine.sources.items()},
+    }
+
+
+def _chosen_labs(engine: str) -> tuple[set[Lab], list[str]]:
+    """Return the learner's labs that the engine runs, and a remark on each that it does not."""
+    if engine == "solutions":
+        return set(), []
+    if engine == "code":
+        return set(all_labs()), []
+    grades = status.grade_all()
+    remarks = [
+        f"{lab.name}: {grade.passed} of {grade.total} tests pass, so the reference runs, not yours"
+        for lab, grade in grades.items()
+        if grade.state == "started"
+    ]
+    return {lab for lab, grade in grades.items() if grade.state == "green"}, remarks
+
+
+def sources_table(sources: dict[Lab, str]) -> str:
+    """Say in a few lines whose lab is whose."""
+    cells = [f"{lab.stem:<10} {source:<10}" for lab, source in sources.items()]
+    rows = [cells[i : i + LABS_PER_LINE] for i in range(0, len(cells), LABS_PER_LINE)]
+    return "\n".join("".join(row).rstrip() for row in rows)
+
+
+def _refuse(error: Exception) -> int:
+    if isinstance(error, LabCrashed) and isinstance(error.error, NotImplementedError):
+        error = error.error
+    _tell(f"course: {error}")
+    return 1
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,79 @@
+"""Rotary position embedding in the half-split layout of Qwen and Llama checkpoints."""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["rotary_table", "apply_rotary"]
+
+
+def rotary_table(
+    head_dim: int,
+    num_positions: int,
+    theta: float,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Tabulate the rotation of every pair of dimensions at every position.
+
+    head_dim: even. num_positions: the table's rows, for positions 0 to num_positions - 1.
+    theta: the base of the pairs' speeds, from the model's config; 10,000 in the paper.
+    device: where the table is made, whatever the default device is; None means the default device.
+    Returns (num_positions, head_dim) float32: first the cosine of every pair, fastest pair first,
+    then the sines in the same order. The first pair turns by one radian a position.
+    Angles are computed in float32 or better. Raises ValueError, which gives head_dim's value, when
+    that is odd or below 2.
+    Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be even and at least 2, got {head_dim}")
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    positions = torch.arange(num_positions, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, theta**-exponents)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def apply_rotary(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+    """Rotate queries or keys to their positions.
+
+    x: (..., num_heads, tokens, head_dim), any float dtype; pair i is made of dimension i and
+        dimension i + head_dim / 2.
+    positions: (..., tokens) int64, each in [0, len(table)); need not be contiguous or sorted, and
+        there may be none.
+    table: float32, laid out as by `rotary_table`.
+    Returns a new tensor of x's shape and dtype, rotated in float32 or better. The arguments stay as
+    they were.
+    Raises ValueError, which gives the position and len(table), when a position lies outside.
+    Source: Su et al. 2021, arXiv:2104.09864, section 3.4.2, in the half-split layout.
+    """
+    _check_positions(positions, len(table))
+    # One row a token, shared by that token's heads.
+    cos, sin = table[positions].unsqueeze(-3).chunk(2, dim=-1)
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+class Rotary(nn.Module):
+    """Rotate queries and keys together: the seam where later weeks put a fused kernel.
+
+    Called with q and k of (..., num_heads, tokens, head_dim) and positions of (..., tokens);
+    returns both rotated.
+    """
+
+    def __init__(self, head_dim: int, num_positions: int, theta: float):
+        super().__init__()
+        # Not a buffer, so that `model.to(torch.bfloat16)` never rounds the angles; made on the CPU
+        # even where a model is built on the meta device, since no checkpoint brings its values.
+        self.table = rotary_table(head_dim, num_positions, theta, device="cpu")
+
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        self.table = self.table.to(q.device)
+        return apply_rotary(q, positions, self.table), apply_rotary(k, positions, self.table)
+
+
+def _check_positions(positions: Tensor, limit: int) -> None:
+    if positions.numel() == 0:
+        return
+    lowest, highest = int(positions.min()), int(positions.max())
+    if lowest < 0 or highest >= limit:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"position {wrong} is outside the rotary table's [0, {limit})")

@@ -1,0 +1,207 @@
+"""The hybrid engine: the board, whose lab runs, and what happens when a learner's lab fails."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+ATTENTION = "code/week1/attention.py"
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "eos_token_id": 257,
+}
+TEMPLATE = "{% for m in messages %}<|start|>{{ m.content }}{% endfor %}"
+
+
+def random_weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    hidden, inner, kv = 32, 48, 16
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    weights = {
+        "model.embed_tokens.weight": random(258, hidden),
+        "model.norm.weight": random(hidden),
+    }
+    for i in range(CONFIG["num_hidden_layers"]):
+        layer = {
+            "input_layernorm.weight": random(hidden) + 1,
+            "post_attention_layernorm.weight": random(hidden) + 1,
+            "self_attn.q_proj.weight": random(hidden, hidden),
+            "self_attn.q_proj.bias": random(hidden),
+            "self_attn.k_proj.weight": random(kv, hidden),
+            "self_attn.k_proj.bias": random(kv),
+            "self_attn.v_proj.weight": random(kv, hidden),
+            "self_attn.v_proj.bias": random(kv),
+            "self_attn.o_proj.weight": random(hidden, hidden),
+            "mlp.gate_proj.weight": random(inner, hidden),
+            "mlp.up_proj.weight": random(inner, hidden),
+            "mlp.down_proj.weight": random(hidden, inner),
+        }
+        weights |= {f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()}
+    return weights
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A tiny random Qwen2 checkpoint with a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    save_file(random_weights(), folder / "model.safetensors")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|start|>", "<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "eos_token": "<|end|>",
+        "chat_template": TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+def generate(tree, model, *words):
+    result = tree.run(
+        *("course", "generate", "--model", model, "--prompt", "Hello", "--max-tokens", "12"),
+        *("--json", *words),
+    )
+    line = result.stdout.strip().splitlines()[-1]
+    return result, json.loads(line) if line.startswith("{") else None
+
+
+def test_generate_reports_everything(tree, model):
+    result, report = generate(tree, model)
+    assert result.returncode == 0, result.stdout
+    assert report["prompt_tokens"] == 5 and report["finish_reason"] in ("length", "stop")
+    assert len(report["token_ids"]) <= 12 and report["seconds"] >= 0
+    assert isinstance(report["text"], str)
+    assert set(report["labs"].values()) == {"reference"}
+
+
+def test_a_green_lab_runs_in_the_engine_and_says_the_same(tree, model):
+    _, before = generate(tree, model, "--engine", "solutions")
+    tree.solve("week1/attention")
+    # Its own file, not a byte-for-byte copy of the reference.
+    tree.write(ATTENTION, tree.read(ATTENTION) + "\n# mine\n")
+    _, after = generate(tree, model)
+    assert after["labs"]["week1/attention"] == "yours"
+    assert after["labs"]["week1/rope"] == "reference"
+    assert (after["text"], after["token_ids"]) == (before["text"], before["token_ids"])
+    chat = tree.run("course", "chat", "--model", model, "--prompt", "Hi", "--max-tokens", "3")
+    assert "attention  yours" in chat.stdout and "rope       reference" in chat.stdout
+    status = tree.run("course", "status")
+    assert "✅ week1/attention" in status.stdout and "1 of 7 labs are green" in status.stdout
+    assert "code/week1/rope.py" in status.stdout
+
+
+def test_a_wrong_lab_is_left_out_and_the_engine_says_so(tree, model):
+    tree.solve("week1/attention")
+    wrong = tree.read(ATTENTION).replace("num_keys - num_queries)", ")")
+    tree.write(ATTENTION, wrong)
+    chat = tree.run("course", "chat", "--model", model, "--prompt", "Hi", "--max-tokens", "3")
+    assert chat.returncode == 0, chat.stdout
+    assert "attention  reference" in chat.stdout
+    assert "tests pass, so the reference runs, not yours" in chat.stdout
+    status = json.loads(tree.run("course", "status", "--json").stdout)
+    grade = status["week1/attention"]
+    assert grade["state"] == "started" and 0 < grade["passed"] < grade["total"]
+    assert "causal_mask" in grade["message"]
+
+
+def test_a_lab_that_crashes_later_is_named_and_replaced(tree, model):
+    _, before = generate(tree, model, "--engine", "solutions")
+    tree.solve("week1/attention")
+    text = tree.read(ATTENTION)
+    crash = "    if q.shape[-2] > 14:\n        raise RuntimeError('too long for me')\n"
+    tree.write(ATTENTION, text.replace("    scale = q.shape", crash + "    scale = q.shape"))
+    result, after = generate(tree, model)
+    assert result.returncode == 0, result.stdout
+    assert "code/week1/attention.py, line" in result.stdout
+    assert "too long for me" in result.stdout
+    assert after["labs"]["week1/attention"] == "reference"
+    assert after["token_ids"] == before["token_ids"]
+
+
+def test_engine_code_stops_at_the_first_unwritten_lab(tree, model):
+    result = tree.run("course", "chat", "--model", model, "--engine", "code", "--prompt", "Hi")
+    assert result.returncode == 1
+    assert "is not written yet → sessions/week1/" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert len(result.stdout.strip().splitlines()) == 1
+
+
+def test_grades_are_kept_until_a_file_changes(tree, model):
+    tree.solve("week1/attention")
+    assert '"green"' in tree.run("course", "status", "--json").stdout
+    suite = tree.read("tests/week1/test_attention.py")
+    tree.write(".course/grades.json", tree.read(".course/grades.json").replace("green", "started"))
+    assert '"green"' not in tree.run("course", "status", "--json").stdout
+    tree.write("tests/week1/test_attention.py", suite + "\n# changed\n")
+    assert '"green"' in tree.run("course", "status", "--json").stdout
+    tree.write(".course/grades.json", "{damaged")
+    assert '"green"' in tree.run("course", "status", "--json").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "mentions"),
+    [
+        (["--max-tokens", "0"], ["max_tokens", "1", "0"]),
+        (["--temperature", "nan"], ["temperature", "nan"]),
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--top-p", "0"], ["top_p", "(0, 1]", "0.0"]),
+        (["--top-p", "1.5"], ["top_p", "(0, 1]", "1.5"]),
+        (["--seed", "-3"], ["seed", "-3"]),
+        (["--prompt", ""], ["0 tokens", "63"]),
+        (["--prompt", "x" * 64], ["64 tokens", "63"]),
+        (["--model", "/no/such/folder"], ["/no/such/folder"]),
+        (["--model", "what is this"], ["what is this"]),
+    ],
+)
+def test_bad_input_is_one_line(tree, model, words, mentions):
+    result, _ = generate(tree, model, *words)
+    assert result.returncode == 2, result.stdout
+    assert len(result.stdout.strip().splitlines()) == 1
+    for mention in mentions:
+        assert mention in result.stdout
+
+
+def test_a_conversation_goes_on_until_the_input_ends(tree, model):
+    result = tree.run("course", "chat", "--model", model, "--max-tokens", "3")
+    assert result.returncode == 0
+    assert "ends the conversation" in result.stdout
+
+
+def test_every_word_has_help_with_an_example(tree):
+    overview = tree.run("course", "--help").stdout
+    for word in (
+        "learn",
+        "test",
+        "status",
+        "chat",
+        "generate",
+        "model",
+        "stubs",
+        "reset",
+        "mutants",
+    ):
+        assert word in overview
+        result = tree.run("course", word, "--help")
+        assert result.returncode == 0 and f"Example: course {word}" in result.stdout
+    assert tree.run("course", "dance").returncode == 2
