@@ -200,8 +200,8 @@ def _try_lock(file: IO[str]) -> bool:
 def _build(lock: IO[str]) -> None:
     """Make or repair ROOT/.venv; the stamp, written last, is what makes it usable."""
     started = time.monotonic()
-    _explain()
     _stamp_file().unlink(missing_ok=True)
+    _explain()
     with open(ROOT / ".course" / "install.log", "w", encoding="utf-8") as log:
         steps = _Steps(log, lock)
         if not _is_usable():

@@ -135,7 +135,7 @@ def _lab_of_suite(path: Path) -> Lab | None:
     return next((lab for lab in all_labs() if lab.tests == path), None)
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, trylast=True)  # inside of pytest's own capture
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     if not (session.tree and lab_of(item)):
         return (yield)

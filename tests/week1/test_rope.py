@@ -190,7 +190,8 @@ def test_rotation_leaves_its_inputs_alone(dtype):
     x, positions = random(3, 2, 5, 8, dtype=dtype), ragged_positions(5)
     table = given_table(8, 1e4)
     before = x.clone(), positions.clone(), table.clone()
-    rope.apply_rotary(x, positions, table)
+    got = rope.apply_rotary(x, positions, table)
+    check_has_shape(got, x.shape)
     for value, old in zip((x, positions, table), before, strict=True):
         check_equal(value, old, "an argument after the call")
 
