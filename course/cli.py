@@ -6,7 +6,7 @@ import os
 import sys
 
 from course import bootstrap
-from course.labs import find_labs
+from course.labs import Lab, find_labs
 
 ENGINES = ("hybrid", "solutions", "code")
 FIRST_PROMPT = "What is the capital of France? Answer in one sentence."
@@ -63,6 +63,34 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, help="the text to continue")
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     _add_generation(generate)
+    predict = word(
+        "predict", _predict, "answer a lab's questions before you build it", "week1/rope"
+    )
+    predict.add_argument("lab", help="such as week1/rope")
+    predict.add_argument(
+        "--answer",
+        action="append",
+        default=[],
+        metavar="ID=NUMBER:CONFIDENCE",
+        help="answer without being asked, with a confidence from 1 to 5",
+    )
+    hint = word("hint", _hint, "show the next hint of a lab, and only that", "week1/rope")
+    hint.add_argument("lab", help="such as week1/rope")
+    hint.add_argument("name", nargs="?", help="the function or class that you are stuck on")
+    reveal = word("reveal", _reveal, "compare your lab with the reference", "week1/rope")
+    reveal.add_argument("lab", help="such as week1/rope")
+    reveal.add_argument(
+        "--give-up",
+        action="store_true",
+        help="see it before the lab is green, after three graded attempts",
+    )
+    watch = word("watch", _watch, "grade the current lab again whenever you save it", "week1/rope")
+    watch.add_argument("lab", nargs="?", help="such as week1/rope; nothing means the next open lab")
+    watch.add_argument("--poll", action="store_true", help="look at the files twice a second")
+    bench = word("bench", _bench, "measure a lab's speed, for its medal", "week1/generate")
+    bench.add_argument("lab", help="such as week1/generate")
+    bench.add_argument("--runs", type=int, default=5, metavar="N", help="the median of N runs")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
     model = word("model", _model, "make the default model ready, or check it", "fetch")
     model.add_argument("action", choices=("fetch", "check"))
     stubs = word("stubs", _stubs, "write code/ from solutions/", "--check")
@@ -72,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     mutants = word("mutants", _mutants, "let the suites hunt wrong solutions", "week1/rope")
     mutants.add_argument("labs", nargs="*", help="week1, week1/rope; nothing means every lab")
     mutants.add_argument("--listed", action="store_true", help="only the misconceptions")
+    mutants.add_argument(
+        "--diagnose", action="store_true", help="see whether each misconception is recognised"
+    )
     return parser
 
 
@@ -135,6 +166,36 @@ def _request(options: argparse.Namespace):
     )
 
 
+def _predict(options: argparse.Namespace) -> int:
+    from course import predict
+
+    return predict.predict(_one_lab(options.lab), options.answer)
+
+
+def _hint(options: argparse.Namespace) -> int:
+    from course import hints
+
+    return hints.hint(_one_lab(options.lab), options.name)
+
+
+def _reveal(options: argparse.Namespace) -> int:
+    from course import hints
+
+    return hints.reveal(_one_lab(options.lab), give_up=options.give_up)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from course import watch
+
+    return watch.watch(options.lab and _one_lab(options.lab), poll=options.poll)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from course import bench
+
+    return bench.bench(_one_lab(options.lab), options.runs, as_json=options.json)
+
+
 def _model(options: argparse.Namespace) -> int:
     from course import models
 
@@ -161,11 +222,15 @@ def _stubs(options: argparse.Namespace) -> int:
 def _reset(options: argparse.Namespace) -> int:
     from course import stubs
 
-    labs = find_labs(options.lab)
-    if len(labs) != 1:
-        raise ValueError(f"reset takes one lab, and {options.lab} is {len(labs)} of them")
-    stubs.reset_lab(labs[0])
+    stubs.reset_lab(_one_lab(options.lab))
     return 0
+
+
+def _one_lab(text: str) -> Lab:
+    labs = find_labs(text)
+    if len(labs) != 1:
+        raise ValueError(f"this takes one lab, and {text} is {len(labs)} of them")
+    return labs[0]
 
 
 def _mutants(options: argparse.Namespace) -> int:
@@ -173,4 +238,6 @@ def _mutants(options: argparse.Namespace) -> int:
     from course.labs import all_labs
 
     labs = [lab for text in options.labs for lab in find_labs(text)] or all_labs()
+    if options.diagnose:
+        return mutants.measure_diagnosis(labs)
     return mutants.hunt(labs, listed_only=options.listed)

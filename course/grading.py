@@ -6,12 +6,14 @@ tests with one clear sentence and leaves every other lab alone.
 """
 
 import ast
+import contextlib
 import functools
 import importlib
 import inspect
+import itertools
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -42,7 +44,24 @@ MAX_TIMEOUTS = 2
 
 
 class GradedFailure(AssertionError):
-    """A wrong result, told in the learner's terms; shown without a traceback."""
+    """A wrong result, told in the learner's terms; shown without a traceback.
+
+    produced: what the lab gave, for comparison with what a known mistake gives.
+    """
+
+    def __init__(self, text: str, produced: Any = None):
+        super().__init__(text)
+        self.produced = text if produced is None else produced
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a lab was caught with. line: of the suite. num_calls: of graded functions until then."""
+
+    kind: str
+    line: int
+    num_calls: int
+    value: Any
 
 
 class LabUnusable(Exception):
@@ -65,6 +84,8 @@ class Session:
     folders: tuple[Path, ...] = (layers.SOLUTIONS,)
     last_call: str = ""
     """The latest call of a graded function, in words."""
+    num_calls: int = 0
+    """Calls of graded functions in the test so far."""
 
 
 session = Session()
@@ -80,6 +101,9 @@ class GradedLab:
         self._num_timeouts = 0
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            # No suite asks for a private name; pytest does, while it collects.
+            raise AttributeError(name)
         module = self._module()
         try:
             value = getattr(module, name)
@@ -94,6 +118,17 @@ class GradedLab:
             self._problem = (
                 f"{self._lab.name}.py: not run, because {MAX_TIMEOUTS} tests of it ran out of time"
             )
+
+    @contextlib.contextmanager
+    def replaced_by(self, module: ModuleType) -> Iterator[None]:
+        """Let suites see another module for a while, as if the run had just begun with it."""
+        kept = self._loaded, self._problem, session.last_call, session.num_calls
+        self._loaded, self._problem = module, None
+        session.last_call, session.num_calls = "", 0
+        try:
+            yield
+        finally:
+            self._loaded, self._problem, session.last_call, session.num_calls = kept
 
     def _module(self) -> ModuleType:
         if self._problem is not None:
@@ -201,6 +236,7 @@ def _recorded(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         session.last_call = describe_call(function, args, kwargs)
+        session.num_calls += 1
         return function(*args, **kwargs)
 
     return call
@@ -231,7 +267,9 @@ def describe(value: Any) -> str:
             return f"{type(value).__name__} of {len(value)}"
         if any(isinstance(item, Tensor) for item in value):
             return f"{type(value).__name__} of {', '.join(map(describe, value))}"
-    if isinstance(value, torch.nn.Module) or inspect.isroutine(value):
+    if type(value).__repr__ is object.__repr__ or isinstance(value, torch.nn.Module):
+        return type(value).__name__
+    if inspect.isroutine(value):
         return getattr(value, "__name__", type(value).__name__)
     return textwrap.shorten(repr(value), 60, placeholder=" …")
 
@@ -262,21 +300,24 @@ def check_close(
     same = (wide == want) | (wide.isnan() & want.isnan())
     wrong = ~(same | ((wide - want).abs() <= tolerance * scale))
     if bool(wrong.any()):
-        raise GradedFailure(_difference(what, wide, want, wrong, tolerance, dtype))
+        text = _difference(what, wide, want, wrong, tolerance, dtype)
+        raise GradedFailure(text, got.detach().cpu().clone())
 
 
 def _check_form(got: Any, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> None:
     if type(got) not in (Tensor, torch.nn.Parameter):
         raise GradedFailure(_lines(what, f"returned {describe(got)}, expected a tensor"))
+    produced = got.detach().cpu().clone() if got.device.type != "meta" else "a meta tensor"
     if tuple(got.shape) != shape:
         also = f" (and {got.dtype}, expected {dtype})" if got.dtype != dtype else ""
         text = f"returned shape {tuple(got.shape)}, expected {shape}{also}"
-        raise GradedFailure(_lines(what, text))
+        raise GradedFailure(_lines(what, text), produced)
     if got.device.type == "meta":
         raise GradedFailure(_lines(what, "returned a tensor without data, on the meta device"))
     if got.dtype != dtype:
         raise GradedFailure(
-            _lines(what, "shape is right", f"returned dtype {got.dtype}, expected {dtype}")
+            _lines(what, "shape is right", f"returned dtype {got.dtype}, expected {dtype}"),
+            produced,
         )
 
 
@@ -295,11 +336,36 @@ def _difference(
         f"first difference at {list(index)}: got {shown[0]}, expected {shown[1]}   "
         f"(allowed: {tolerance:.2g} of the row's largest)",
         f"{int(wrong.sum()):,} of {wrong.numel():,} elements differ{largest}",
+        *_where(wrong),
     ]
     num_nan, num_inf = int(got.isnan().sum()), int(got.isinf().sum())
     if num_nan or num_inf:
         lines.append(f"your result holds {num_nan:,} NaN and {num_inf:,} Inf")
     return _lines(what, *lines)
+
+
+def _where(wrong: Tensor) -> list[str]:
+    """Say along which axes the differences keep to some of the indices, in at most two lines."""
+    lines = []
+    for axis, length in enumerate(wrong.shape):
+        others = [other for other in range(wrong.dim()) if other != axis]
+        hit = wrong.any(dim=others) if others else wrong
+        bad, good = (flags.nonzero().flatten().tolist() for flags in (hit, ~hit))
+        if not good:
+            continue
+        few = good if len(good) <= len(bad) else bad
+        ranges = " and ".join(_ranges(few))
+        text = f"{ranges} is right" if few is good else f"all differences are at {ranges}"
+        if len(_ranges(few)) <= 3:
+            lines.append(f"along axis {axis} (length {length}), {text}")
+    return lines[:2]
+
+
+def _ranges(indices: list[int]) -> list[str]:
+    """Write sorted indices as runs: [0, 4, 5, 6] becomes ["0", "4–6"]."""
+    starts = [i for i, index in enumerate(indices) if i == 0 or indices[i - 1] != index - 1]
+    runs = [indices[a:b] for a, b in itertools.pairwise([*starts, len(indices)])]
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
 
 
 def check_equal(got: Any, expected: Any, what: str, of: str | None = None) -> None:
@@ -316,9 +382,9 @@ def check_equal(got: Any, expected: Any, what: str, of: str | None = None) -> No
         index = tuple(wrong.nonzero()[0].tolist())
         line = f"first difference at {list(index)}: got {got[index]}, expected {expected[index]}"
         count = f"{int(wrong.sum()):,} of {wrong.numel():,} elements differ"
-        raise GradedFailure(_lines(context, f"{what}: {line}", count))
+        raise GradedFailure(_lines(context, f"{what}: {line}", count), got.detach().cpu().clone())
     if type(got) is not type(expected) or got != expected:
-        raise GradedFailure(_lines(context, f"{what}: {_unequal(got, expected)}"))
+        raise GradedFailure(_lines(context, f"{what}: {_unequal(got, expected)}"), (what, got))
 
 
 def _unequal(got: Any, expected: Any) -> str:
@@ -343,7 +409,7 @@ def _brief(value: Any) -> str:
 def check_true(condition: bool | Tensor, what: str, of: str | None = None) -> None:
     """Hold a property. what: the property that does not hold, in words, with the values at hand."""
     if not bool(condition):
-        raise GradedFailure(_lines(of or session.last_call, what))
+        raise GradedFailure(_lines(of or session.last_call, what), what)
 
 
 def check_raises(
@@ -360,17 +426,32 @@ def check_raises(
     except NotImplementedError as error:
         if _is_not_written(error):
             raise
-        raise GradedFailure(_lines(what, f"raised {type(error).__name__}: {error}")) from error
+        text = f"raised {type(error).__name__}: {error}"
+        raise GradedFailure(_lines(what, text), text) from error
     except expected as error:
         missing = [str(word) for word in mentions if str(word) not in str(error)]
         if missing:
             text = f"{expected.__name__}({error}) does not name {' and '.join(missing)}"
-            raise GradedFailure(_lines(what, text)) from None
+            raise GradedFailure(_lines(what, text), text) from None
         return
     except Exception as error:
         text = f"raised {error!r}; expected {expected.__name__}"
-        raise GradedFailure(_lines(what, text)) from error
-    raise GradedFailure(_lines(what, f"returned {describe(result)}, expected {expected.__name__}"))
+        raise GradedFailure(_lines(what, text), text) from error
+    text = f"returned {describe(result)}, expected {expected.__name__}"
+    raise GradedFailure(_lines(what, text), result)
+
+
+def evidence(error: BaseException) -> Evidence | None:
+    """Return what a failure shows of the lab's behaviour; None where that is nothing of use."""
+    if isinstance(error, (LabUnusable, OutOfTime, PrintFlood, KeyboardInterrupt, SystemExit)):
+        return None
+    if isinstance(error, NotImplementedError) and _is_not_written(error):
+        return None
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_suite(f.filename)]
+    line = frames[0].lineno or 0 if frames else 0
+    if isinstance(error, GradedFailure):
+        return Evidence("wrong", line, session.num_calls, error.produced)
+    return Evidence(type(error).__name__, line, session.num_calls, str(error))
 
 
 def _lines(*lines: str) -> str:
@@ -447,12 +528,22 @@ def _place(frame: traceback.FrameSummary) -> str:
     return f"{file}, line {frame.lineno}, in {frame.name}:\n    {frame.line}"
 
 
-def render(lab: Lab, test: str, text: str) -> str:
-    """Lay out one failure for the terminal, a CI log or an editor's panel."""
-    body = "\n".join(
+def render(lab: Lab, test: str, text: str, diagnosis: str = "") -> str:
+    """Lay out one failure for the terminal, a CI log or an editor's panel.
+
+    diagnosis: the recognised belief and its question; "" where none was recognised.
+    """
+    note = lab.note.relative_to(layers.ROOT).as_posix()
+    paragraphs = [f"{lab.name}.py  {test}\n{_wrapped(text)}"]
+    if diagnosis:
+        paragraphs.append(_wrapped(diagnosis))
+    return "\n\n".join([*paragraphs, f"  {note} · course hint {lab.name}"])
+
+
+def _wrapped(text: str) -> str:
+    lines = (
         wrapped
         for line in text.splitlines()
         for wrapped in (textwrap.wrap(line, WIDTH - 2, subsequent_indent="    ") or [""])
     )
-    note = lab.note.relative_to(layers.ROOT).as_posix()
-    return f"{lab.name}.py  {test}\n{textwrap.indent(body, '  ')}\n\n  {note}"
+    return textwrap.indent("\n".join(lines), "  ")

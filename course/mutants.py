@@ -18,14 +18,17 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from course import layers, stubs
+from course import files, layers, stubs
 from course.labs import ROOT, Lab
 
 SECONDS_PER_MUTANT = 180
+# A learner reads a few failures; the diagnosis is measured on as many.
+NUM_DIAGNOSED_FAILURES = 10
+DIAGNOSED_SHARE = 0.9
 # A mutant that allocates without end must not take the machine with it.
 MAX_BYTES = 12 * 2**30
 
@@ -42,10 +45,10 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """killed_by: the first test that failed; "" when the mutant survived."""
+    """killed_by: the first failing test; "" when it survived. beliefs: what it was taken for."""
 
     killed_by: str
-    seconds: float
+    beliefs: tuple[str, ...] = ()
 
 
 def misconceptions(lab: Lab) -> list[dict[str, str]]:
@@ -73,6 +76,12 @@ def misconceptions(lab: Lab) -> list[dict[str, str]]:
 def equivalents(lab: Lab) -> dict[str, str]:
     """Read which generated mutants of a lab behave like the reference: id → reason."""
     return {row["mutant"]: row["reason"] for row in _toml(lab).get("equivalent", [])}
+
+
+def separating_question(lab: Lab, names: Sequence[str]) -> str:
+    """Read the question that tells two misconceptions apart; "" where none is written."""
+    rows = _toml(lab).get("apart", [])
+    return next((row["ask"] for row in rows if set(row["ids"]) == set(names)), "")
 
 
 def _toml(lab: Lab) -> dict:
@@ -111,14 +120,7 @@ def _answer_names(lab: Lab, tree: ast.Module) -> set[str]:
     """Return the definitions that a learner writes: what the stub lacks or has without a body."""
     given = {getattr(node, "name", "") for node in ast.parse(stubs.make_stub(lab)).body}
     defined = {getattr(node, "name", "") for node in tree.body} - {""}
-    return (defined - given) | (defined & set(_graded_names(tree)))
-
-
-def _graded_names(tree: ast.Module) -> list[str]:
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return ast.literal_eval(node.value)
-    return []
+    return (defined - given) | (defined & set(stubs.graded_names(lab)))
 
 
 def _mutations(definition: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
@@ -192,6 +194,9 @@ _OPERATORS = {
 }
 
 
+_DROPPED = (ast.Expr, ast.AugAssign, ast.Raise, ast.Break, ast.Continue)
+
+
 def _changes(node: ast.AST) -> list[ast.AST]:
     """List the nodes that may stand in this node's place."""
     changes: list[ast.AST] = []
@@ -204,7 +209,11 @@ def _changes(node: ast.AST) -> list[ast.AST]:
         changed.ops[0] = _OPERATORS[type(node.ops[0])]()
         changes.append(changed)
     elif isinstance(node, ast.UnaryOp):
-        changes.append(node.operand)
+        # −1 is a number, most often an axis; the constant inside is changed by itself.
+        if not isinstance(node.operand, ast.Constant):
+            changes.append(node.operand)
+    elif _is_plain_method(node):
+        changes.append(node.func.value)
     elif isinstance(node, ast.Constant):
         changes += _other_constants(node.value)
     elif isinstance(node, (ast.If, ast.IfExp)):
@@ -212,9 +221,29 @@ def _changes(node: ast.AST) -> list[ast.AST]:
             changed = copy.deepcopy(node)
             changed.test = ast.Constant(value)
             changes.append(changed)
-    elif isinstance(node, (ast.Expr, ast.AugAssign, ast.Raise, ast.Break, ast.Continue)):
+    elif isinstance(node, _DROPPED) or _is_update(node):
         changes.append(ast.Pass())
     return changes
+
+
+def _is_update(node: ast.AST) -> bool:
+    """Say whether the node is a statement such as x = f(x), without which x goes on as it was."""
+    if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+        return False
+    used = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
+    return node.targets[0].id in used
+
+
+def _is_plain_method(node: ast.AST) -> bool:
+    """Say whether the node is a conversion or copy such as x.float() or logits.clone()."""
+    is_method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    return is_method and not node.args and not node.keywords and _is_value(node.func.value)
+
+
+def _is_value(node: ast.AST) -> bool:
+    # super() and self are no tensors, and without their method nothing runs at all.
+    named = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return not named & {"super", "self"}
 
 
 def _other_constants(value: object) -> list[ast.AST]:
@@ -258,10 +287,7 @@ def hunt(labs: list[Lab], listed_only: bool = False) -> int:
 
     listed_only: leave the generated ones out; nothing is kept then.
     """
-    if not hasattr(os, "fork"):
-        raise ValueError("course mutants needs Linux or macOS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many workers as cores
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    _prepare()
     num_survivors = 0
     for lab in labs:
         start = time.perf_counter()
@@ -271,6 +297,41 @@ def hunt(labs: list[Lab], listed_only: bool = False) -> int:
         if not listed_only:
             _keep(lab, verdicts, time.perf_counter() - start)
     return 1 if num_survivors else 0
+
+
+def measure_diagnosis(labs: list[Lab]) -> int:
+    """See whether every misconception is recognised as itself, print and keep the outcome.
+
+    Returns 1 when fewer than DIAGNOSED_SHARE of all are.
+    """
+    _prepare()
+    num_named, num_all = 0, 0
+    for lab in labs:
+        listed = listed_mutants(lab)
+        verdicts = _run_all(lab, listed, diagnosed=True)
+        told = {mutant.id: list(verdict.beliefs) for mutant, verdict in verdicts.items()}
+        others = {name: beliefs for name, beliefs in told.items() if beliefs != [name]}
+        for name, beliefs in others.items():
+            print(f"  {name:<34} {' or '.join(beliefs) or 'silent'}")
+        named = len(listed) - len(others)
+        print(f"{lab.name}: {named}/{len(listed)} misconceptions recognised", flush=True)
+        outcome = {"digest": diagnosis_digest(lab), "named": named, "others": others}
+        _write_results(lab, {**read_results(lab.week).get(lab.name, {}), "diagnosis": outcome})
+        num_named, num_all = num_named + named, num_all + len(listed)
+    return 0 if num_named >= DIAGNOSED_SHARE * num_all else 1
+
+
+def diagnosis_digest(lab: Lab) -> str:
+    """Digest what the rate of recognised misconceptions speaks of."""
+    file = ROOT / "course" / "diagnosis.py"
+    return hashlib.sha256(digest(lab).encode() + file.read_bytes()).hexdigest()[:16]
+
+
+def _prepare() -> None:
+    if not hasattr(os, "fork"):
+        raise ValueError("course mutants needs Linux or macOS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many workers as cores
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 
 
 def _tell(lab: Lab, verdicts: dict[Mutant, Verdict], seconds: float) -> int:
@@ -291,19 +352,19 @@ def _tell(lab: Lab, verdicts: dict[Mutant, Verdict], seconds: float) -> int:
         for name in sorted(stale):
             num_survivors += 1
             print(f"  NO SUCH MUTANT  {name}")
-    counts = _counts(lab, verdicts)
+    counts = _counts(verdicts)
+    num_equivalent = sum(mutant.id in reasons for mutant in verdicts)
     print(
         f"{lab.name}: misconceptions {counts['listed_killed']}/{counts['listed']} killed, "
         f"generated {counts['generated_killed']}/{counts['generated']} killed "
-        f"and {counts['equivalent']} equivalent, {seconds:.0f} s",
+        f"and {num_equivalent} equivalent, {seconds:.0f} s",
         flush=True,
     )
     return num_survivors
 
 
-def _counts(lab: Lab, verdicts: dict[Mutant, Verdict]) -> dict[str, int]:
-    reasons = equivalents(lab)
-    counts = {"equivalent": sum(mutant.id in reasons for mutant in verdicts)}
+def _counts(verdicts: dict[Mutant, Verdict]) -> dict[str, int]:
+    counts = {}
     for kind in ("listed", "generated"):
         ours = [verdict for mutant, verdict in verdicts.items() if mutant.kind == kind]
         counts[kind] = len(ours)
@@ -312,22 +373,30 @@ def _counts(lab: Lab, verdicts: dict[Mutant, Verdict]) -> dict[str, int]:
 
 
 def _keep(lab: Lab, verdicts: dict[Mutant, Verdict], seconds: float) -> None:
-    counts = _counts(lab, verdicts)
-    del counts["equivalent"]
-    file = results_file(lab.week)
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    results[lab.name] = {
+    results = {
         "digest": digest(lab),
-        **counts,
+        **_counts(verdicts),
         "seconds": round(seconds),
         "killed_by": {m.id: v.killed_by for m, v in verdicts.items() if m.kind == "listed"},
         "survivors": [m.id for m, v in verdicts.items() if not v.killed_by],
     }
-    text = json.dumps(dict(sorted(results.items())), indent=1, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    diagnosis = read_results(lab.week).get(lab.name, {}).get("diagnosis", {})
+    _write_results(lab, {**results, "diagnosis": diagnosis})
 
 
-def _run_all(lab: Lab, mutants: list[Mutant]) -> dict[Mutant, Verdict]:
+def read_results(week: str) -> dict[str, dict]:
+    """Read the committed results of a week: lab name → counts, first catches, survivors."""
+    file = results_file(week)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _write_results(lab: Lab, results: dict) -> None:
+    every = dict(sorted({**read_results(lab.week), lab.name: results}.items()))
+    text = json.dumps(every, indent=1, ensure_ascii=False)
+    files.replace(results_file(lab.week), text + "\n")
+
+
+def _run_all(lab: Lab, mutants: list[Mutant], diagnosed: bool = False) -> dict[Mutant, Verdict]:
     """Run each mutant in a fork of this process, which has the libraries loaded already."""
     _import_what_the_suite_imports(lab)
     waiting, running = list(reversed(mutants)), {}
@@ -337,7 +406,7 @@ def _run_all(lab: Lab, mutants: list[Mutant]) -> dict[Mutant, Verdict]:
             while waiting and len(running) < (os.cpu_count() or 1):
                 mutant = waiting.pop()
                 target = Path(folder) / str(len(waiting))
-                running[_start(mutant, target)] = mutant, target, time.perf_counter()
+                running[_start(mutant, target, diagnosed)] = mutant, target, time.perf_counter()
             for pid in list(running):
                 mutant, target, start = running[pid]
                 seconds = time.perf_counter() - start
@@ -357,7 +426,7 @@ def _import_what_the_suite_imports(lab: Lab) -> None:
     gc.freeze()
 
 
-def _start(mutant: Mutant, target: Path) -> int:
+def _start(mutant: Mutant, target: Path, diagnosed: bool) -> int:
     target.mkdir()
     file = target / f"{mutant.lab.stem}.py"
     file.write_text(mutant.source, encoding="utf-8")
@@ -374,18 +443,19 @@ def _start(mutant: Mutant, target: Path) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(ROOT)
-        os._exit(_grade(mutant, file, target / "grades.json"))
+        os._exit(_grade(mutant, file, target / "grades.json", diagnosed))
     finally:
         os._exit(99)
 
 
-def _grade(mutant: Mutant, file: Path, target: Path) -> int:
+def _grade(mutant: Mutant, file: Path, target: Path, diagnosed: bool) -> int:
     import pytest
 
+    depth = [f"--maxfail={NUM_DIAGNOSED_FAILURES}"] if diagnosed else ["-x", "--no-diagnosis"]
     return pytest.main(
         [
             str(mutant.lab.solution),
-            *("-xq", "--assert=plain"),
+            *("-q", "--assert=plain", *depth),
             *("-p", "no:cacheprovider"),
             # These two collect garbage three times a run, which costs more than most mutants.
             *("-p", "no:unraisableexception", "-p", "no:threadexception"),
@@ -400,18 +470,18 @@ def _finish(pid: int, target: Path, seconds: float) -> Verdict | None:
     if seconds > SECONDS_PER_MUTANT:
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        return Verdict("the time limit", seconds)
+        return Verdict("the time limit")
     done, status = os.waitpid(pid, os.WNOHANG)
     if not done:
         return None
     code = os.waitstatus_to_exitcode(status)
     if code == 0:
-        return Verdict("", seconds)
+        return Verdict("")
     grades = target / "grades.json"
     if code == 1 and grades.is_file():
         (grade,) = json.loads(grades.read_text(encoding="utf-8")).values()
-        return Verdict(grade["first"]["test"], seconds)
+        return Verdict(grade["first"]["test"], tuple(grade["beliefs"]))
     if code < 0 or code == 1:
-        return Verdict(f"a crash of the process ({code})", seconds)
+        return Verdict(f"a crash of the process ({code})")
     log = (target / "log").read_text(encoding="utf-8", errors="replace")
     raise RuntimeError(f"pytest itself failed with status {code}:\n{log[-3000:]}")

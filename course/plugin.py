@@ -1,19 +1,21 @@
 """The pytest plugin: chooses the layer, keeps learners' accidents apart, and words the results."""
 
+import contextlib
 import functools
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from course import grading, layers
+from course import diagnosis, grading, layers, progress, stubs
 from course.grading import OutOfTime, PrintFlood, session
-from course.labs import Lab, all_labs
+from course.labs import Lab, all_labs, find_labs
 
 # A graded test takes well under a second; the first use of a library may take several.
 SECONDS_PER_TEST = 20.0
@@ -48,7 +50,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="S",
         help="stop a graded test after S seconds (default: %(default)g)",
     )
+    group.addoption(
+        "--no-diagnosis",
+        action="store_true",
+        help="do not compare wrong results with what known misconceptions give",
+    )
     group.addoption("--grade-json", metavar="FILE", help="write the result of every lab to FILE")
+    group.addoption("--no-log", action="store_true", help="leave this run out of progress/log/")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -139,13 +147,16 @@ def _lab_of_suite(path: Path) -> Lab | None:
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     if not (session.tree and lab_of(item)):
         return (yield)
-    session.last_call = ""
+    session.last_call, session.num_calls = "", 0
     streams, leave = (sys.stdout, sys.stderr), os._exit
     sys.stdout, sys.stderr = map(_LimitedStream, streams)
     # It would end the run with a status that looks like success.
     os._exit = sys.exit
     try:
-        with _TimeLimit(item.config.getoption("--seconds-per-test")):
+        with (
+            _remembered_example(item),
+            _TimeLimit(item.config.getoption("--seconds-per-test")),
+        ):
             return (yield)
     except pytest.exit.Exception as error:
         if grading.learner_frame(error):
@@ -154,6 +165,38 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = streams
         os._exit = leave
+
+
+@contextlib.contextmanager
+def _remembered_example(item: pytest.Item) -> Iterator[None]:
+    """Keep the arguments of the latest example of a hypothesis test, for `_replay`."""
+    handle = getattr(item.obj, "hypothesis", None)
+    if handle is None:
+        yield
+        return
+    inner = handle.inner_test
+
+    @functools.wraps(inner)
+    def run(*args, **kwargs):
+        item.stash[_example] = functools.partial(inner, *args, **kwargs)
+        session.last_call, session.num_calls = "", 0
+        return inner(*args, **kwargs)
+
+    handle.inner_test = run
+    try:
+        yield
+    finally:
+        handle.inner_test = inner
+
+
+_example: pytest.StashKey[Callable[[], object]] = pytest.StashKey()
+
+
+def _replay(item: pytest.Item) -> Callable[[], object]:
+    """Return a call that runs the test once more; of a hypothesis test, its smallest failure."""
+    names = item._fixtureinfo.argnames
+    once = functools.partial(item.obj, **{name: item.funcargs[name] for name in names})
+    return item.stash.get(_example, once)
 
 
 class _LimitedStream:
@@ -210,7 +253,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     vars(item).pop("_hypothesis_failing_examples", None)
     error = call.excinfo.value if call.excinfo else None  # pytest replaces some of them below
     report = yield
-    kind, text = "", ""
+    kind, text, beliefs = "", "", []
     if report.skipped and error is not None and grading.learner_frame(error):
         # Only the suite may skip a test, not the file that it grades.
         report.outcome = "failed"
@@ -219,10 +262,24 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
         if isinstance(error, OutOfTime):
             grading.lab(lab.name).note_timeout()
         kind, text = grading.explain(error, lab)
-        report.longrepr = grading.render(lab, item.name, text)
+        if kind == "wrong" and call.when == "call":
+            beliefs = _beliefs(item, error, lab)
+        report.longrepr = grading.render(lab, item.name, text, diagnosis.words(lab, beliefs))
         report.sections = [(title, _tail(content)) for title, content in report.sections]
-    report.user_properties.append((PROPERTY, {"lab": lab.name, "kind": kind, "text": text}))
+    verdict = {"lab": lab.name, "kind": kind, "text": text, "beliefs": beliefs}
+    report.user_properties.append((PROPERTY, verdict))
     return report
+
+
+def _beliefs(item: pytest.Item, error: BaseException, lab: Lab) -> list[str]:
+    if item.config.getoption("--no-diagnosis"):
+        return []
+    try:
+        return diagnosis.diagnose(_replay(item), error, lab, item.name, _TimeLimit)
+    except Exception as problem:
+        # The grade stands; a broken table costs no learner a failure message.
+        warnings.warn(f"the diagnosis of {lab.name} failed: {problem!r}", stacklevel=2)
+        return []
 
 
 def _tail(text: str, count: int = 20) -> str:
@@ -243,6 +300,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
     stats = terminalreporter.stats
     failed = stats.get("failed", [])
     shown, whole_lab, hidden = _sort_failures(failed, all_of_them=config.option.verbose > 0)
+    _ask_once(shown, failed)
     if failed:
         stats["failed"] = shown
     result = yield
@@ -258,6 +316,25 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
         line = text or _unwritten_line(name, verdicts)
         terminalreporter.write_line(f"{line} ({len(verdicts)} tests)")
     return result
+
+
+def _ask_once(shown: list, failed: list) -> None:
+    """Word every lab's diagnosis by all that failed, and ask its question at its first failure."""
+    verdicts = [_verdict(report) for report in failed]
+    asked: set[str] = set()
+    for report in shown:
+        verdict = _verdict(report)
+        if not verdict.get("beliefs"):
+            continue
+        (lab,) = find_labs(verdict["lab"])
+        matches = [v["beliefs"] for v in verdicts if v.get("lab") == lab.name and v["beliefs"]]
+        beliefs = [name for name in diagnosis.narrow(matches) if name in verdict["beliefs"]]
+        words = diagnosis.words(lab, beliefs or verdict["beliefs"])
+        if words in asked:
+            words = "The same belief explains this one."
+        asked.add(words)
+        test = report.nodeid.rpartition("::")[2]
+        report.longrepr = grading.render(lab, test, verdict["text"], words)
 
 
 def _sort_failures(reports: list, all_of_them: bool) -> tuple[list, dict, dict]:
@@ -291,11 +368,13 @@ def _unwritten_line(name: str, texts: list[str]) -> str:
 
 
 class _Grades:
-    """Counts the outcome of every lab of a run and writes it when the run ends."""
+    """Counts the outcome of every lab of a run, for --grade-json and the progress log."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str | None, is_logged: bool):
         self._path = path
+        self._is_logged = is_logged
         self._labs: dict[str, dict] = {}
+        self._matches: dict[str, list[list[str]]] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
@@ -308,6 +387,7 @@ class _Grades:
             **dict.fromkeys(("collected", "passed", "failed", "skipped", "not_written"), 0),
             "seconds": 0.0,
             "first": None,
+            "beliefs": [],
         }
         return self._labs.setdefault(name, empty)
 
@@ -323,13 +403,31 @@ class _Grades:
             grade["not_written"] += verdict["kind"] == "not written"
             first = {"test": report.nodeid.rpartition("::")[2], **verdict}
             grade["first"] = grade["first"] or first
+            matches = self._matches.setdefault(verdict["lab"], [])
+            matches.append(verdict["beliefs"])
+            grade["beliefs"] = diagnosis.narrow(filter(None, matches))
 
     def pytest_sessionfinish(self) -> None:
-        self._path.write_text(json.dumps(self._labs, indent=1), encoding="utf-8")
+        if self._path:
+            Path(self._path).write_text(json.dumps(self._labs, indent=1), encoding="utf-8")
+        if self._is_logged:
+            for name, grade in self._labs.items():
+                self._log(name, grade)
+
+    def _log(self, name: str, grade: dict) -> None:
+        (lab,) = find_labs(name)
+        ran = grade["passed"] + grade["failed"]
+        if not ran or not lab.code.is_file() or stubs.is_untouched(lab):
+            return
+        seconds = grade["seconds"]
+        progress.append_run(lab, passed=grade["passed"], total=ran, seconds=seconds)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    target = session.config.getoption("--grade-json")
-    if target and not hasattr(session.config, "workerinput"):
-        session.config.pluginmanager.register(_Grades(Path(target)), "course-grades")
+    config = session.config
+    if hasattr(config, "workerinput"):
+        return
+    is_logged = grading.session.tree == "code" and not config.getoption("--no-log")
+    grades = _Grades(config.getoption("--grade-json"), is_logged)
+    config.pluginmanager.register(grades, "course-grades")

@@ -8,6 +8,10 @@ from course import models
 from course.labs import ROOT
 
 
+# Each loads the libraries and may start a process that loads them again: 1 GB of memory.
+MAX_WORKERS = 4
+
+
 def prove() -> int:
     """Run every proof; returns pytest's exit status, after its own summary as the last line."""
     for title, command in (("style", ["ruff", "check"]), ("format", ["ruff", "format", "--check"])):
@@ -22,8 +26,9 @@ def prove() -> int:
     # One thread: most proofs start processes, and torch's threads spin where they share a core.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
-    suites = ["solutions", "tests/course"]
-    command = ["pytest", *suites, "-q"]
+    workers = min(MAX_WORKERS, os.cpu_count() or 1)
+    command = ["pytest", "solutions", "tests/course", "-q", "-n", str(workers)]
+    command += ["--dist", "loadgroup"]
     print(f"proof: {' '.join(command)}", flush=True)
     return subprocess.run(
         [sys.executable, "-m", *command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from course import layers, stubs
+from course import files, layers, stubs
 from course.labs import ROOT, Lab, all_labs
 
 CACHE = layers.STATE / "grades.json"
@@ -74,6 +74,7 @@ def _pytest(labs: list[Lab]) -> dict[str, dict]:
         target = Path(folder) / "grades.json"
         paths = [str(lab.code) for lab in labs]
         command = [sys.executable, "-m", "pytest", *paths, "-q", "-p", "no:cacheprovider"]
+        command += ["--no-log", "--no-diagnosis"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(
@@ -103,8 +104,8 @@ def _digest(lab: Lab, referenced: Iterable[Lab]) -> str:
     versions = (metadata.version(name) for name in ("torch", "transformers", "pytest"))
     digest.update(" ".join([platform.python_version(), *versions]).encode())
     grader = [ROOT / "course" / f"{name}.py" for name in ("grading", "plugin", "layers", "labs")]
-    files = [*_imports(lab.code), lab.tests, *grader, *(other.solution for other in referenced)]
-    for file in files:
+    parts = [*_imports(lab.code), lab.tests, *grader, *(other.solution for other in referenced)]
+    for file in parts:
         digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode())
         digest.update(file.read_bytes() if file.is_file() else b"")
     return digest.hexdigest()
@@ -136,10 +137,7 @@ def _read_cache() -> dict[str, dict]:
 
 def _write_cache(old: dict[str, dict], new: dict[str, dict]) -> None:
     kept = dict(list({**old, **new}.items())[-MAX_CACHED:])
-    CACHE.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = CACHE.with_name(f"{CACHE.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(kept), encoding="utf-8")
-    os.replace(unfinished, CACHE)
+    files.replace(CACHE, json.dumps(kept))
 
 
 def board(grades: dict[Lab, Grade]) -> str:

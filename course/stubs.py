@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course import labs, layers
+from course import files, labs, layers
 from course.labs import Lab
 
 # libcst takes a third of a second to import, so the functions that rewrite code do it themselves.
@@ -57,7 +56,7 @@ def write_stubs(
         elif old != new:
             if edited:
                 report(f"{_shown(lab.code)}: kept as {_shown(_back_up(lab))}")
-            _write(lab.code, text.encode())
+            files.replace(lab.code, text)
             report(f"{_shown(lab.code)}: written")
         _write_record(record | {lab.name: new})
 
@@ -126,6 +125,11 @@ def stub_source(source: str, lab_name: str, note: str) -> str:
 
     body = _rewritten(wrapper.module.body, rewrite)
     return wrapper.module.with_changes(body=body).code.strip("\n") + "\n"
+
+
+def graded_names(lab: Lab) -> list[str]:
+    """Return what a lab's `__all__` lists: the names that the learner writes."""
+    return _listed(lab.solution.read_text(encoding="utf-8"), lab.name)
 
 
 def _listed(source: str, lab_name: str) -> list[str]:
@@ -395,7 +399,7 @@ def _write_record(record: dict[str, str]) -> None:
     record = {name: digest for name, digest in record.items() if name in known}
     data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
     if _file_digest(_record_path()) != _digest(data):
-        _write(_record_path(), data)
+        files.replace(_record_path(), data)
 
 
 def _back_up(lab: Lab) -> Path:
@@ -409,16 +413,5 @@ def _back_up(lab: Lab) -> Path:
             backup.touch(exist_ok=False)
         except FileExistsError:
             continue
-        _write(backup, lab.code.read_bytes())
+        files.replace(backup, lab.code.read_bytes())
         return backup
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a whole file or, when interrupted, none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,8 +12,8 @@ __all__ = ["apply_penalties", "token_probabilities", "draw", "Sampler"]
 
 # SplitMix64's constants (Steele et al. 2014), as the int64 numbers with the same bits.
 _INCREMENT = 0x9E3779B97F4A7C15 - 2**64
-_FACTOR_1 = 0xBF58476D1CE4E5B9 - 2**64
-_FACTOR_2 = 0x94D049BB133111EB - 2**64
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+_LAST_SHIFT = 31
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,9 @@ def _uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 def _mix(bits: Tensor) -> Tensor:
     # int64 products wrap around, which is what the mixer's uint64 arithmetic asks for.
     bits = bits + _INCREMENT
-    bits = (bits ^ _shift_right(bits, 30)) * _FACTOR_1
-    bits = (bits ^ _shift_right(bits, 27)) * _FACTOR_2
-    return bits ^ _shift_right(bits, 31)
+    for shift, factor in _ROUNDS:
+        bits = (bits ^ _shift_right(bits, shift)) * factor
+    return bits ^ _shift_right(bits, _LAST_SHIFT)
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:

@@ -20,6 +20,8 @@ import pytest
 
 from course import bootstrap
 
+# The tests go on with one environment, one after the other, so one worker takes them all.
+pytestmark = pytest.mark.xdist_group("bootstrap")
 POSIX_ONLY = pytest.mark.skipif(os.name == "nt", reason="signals")
 SOURCE = Path(bootstrap.__file__).parent
 MAIN = """

@@ -1,0 +1,86 @@
+"""What happened in the learner's clone: one JSON line for every graded run, hint and prediction.
+
+The log is the only thing kept; the tracker and the reports are derived from it and from a fresh
+grade. Fields of every event: `time` (UTC, ISO 8601), `kind`, `lab`. Kinds and their own fields:
+
+run      passed, total: tests. hash: of the learner's file. seconds: in tests. hints: seen so far.
+predict  id, answer, confidence: 1 to 5.
+hint     name: of the function or class. rung: counted from 1.
+reveal   delegated: whether the lab was not green.
+ticket   id: of a prediction asked again in the exit ticket. right.
+bench    ratio: to the reference. medal: "gold", "silver", "bronze" or "".
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from course import bootstrap
+from course.labs import ROOT, Lab
+
+LOG = ROOT / "progress" / "log"
+_LOCK = ROOT / ".course" / "progress.lock"
+
+
+def append(kind: str, lab: Lab, **fields: object) -> None:
+    """Add one event to this month's file; safe while other processes do the same."""
+    now = datetime.now(UTC)
+    event = {"time": now.isoformat(timespec="seconds"), "kind": kind, "lab": lab.name, **fields}
+    LOG.mkdir(parents=True, exist_ok=True)
+    file = LOG / f"{now:%Y-%m}.jsonl"
+    with bootstrap.locked(_LOCK, "waiting for another course command"):
+        # A line that was cut off, by a full disk or an editor, must not swallow this one.
+        before = file.read_bytes() if file.is_file() else b""
+        gap = "\n" if before and not before.endswith(b"\n") else ""
+        with open(file, "a", encoding="utf-8") as log:
+            log.write(f"{gap}{json.dumps(event, ensure_ascii=False)}\n")
+
+
+def append_run(lab: Lab, passed: int, total: int, seconds: float) -> None:
+    """Note a graded run of the lab as its file is now."""
+    digest = hashlib.sha256(lab.code.read_bytes()).hexdigest()[:16]
+    hints = len(of(read()[0], lab, "hint"))
+    append("run", lab, passed=passed, total=total, hash=digest, seconds=seconds, hints=hints)
+
+
+def read() -> tuple[list[dict], list[str]]:
+    """Return (events in the order of their times, one sentence for every line that is unusable)."""
+    events, problems = [], []
+    for file in sorted(LOG.glob("*.jsonl")):
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                events.append(_checked(json.loads(line)))
+            except (ValueError, TypeError, KeyError) as error:
+                place = file.relative_to(ROOT).as_posix()
+                problems.append(f"{place}, line {number} is left out: {error}")
+    return sorted(events, key=lambda event: event["time"]), problems
+
+
+def _checked(event: dict) -> dict:
+    kinds = {
+        "run": {"passed": int, "total": int, "hash": str, "seconds": (int, float), "hints": int},
+        "predict": {"id": str, "answer": (int, float), "confidence": int},
+        "hint": {"name": str, "rung": int},
+        "reveal": {"delegated": bool},
+        "ticket": {"id": str, "right": bool},
+        "bench": {"ratio": (int, float), "medal": str},
+    }
+    if not isinstance(event, dict):
+        raise TypeError("it is no JSON object")
+    if event.get("kind") not in kinds:
+        raise ValueError(f"kind {event.get('kind')!r} is not one of {', '.join(kinds)}")
+    for name, types in {"time": str, "lab": str, **kinds[event["kind"]]}.items():
+        if not isinstance(event.get(name), types):
+            raise TypeError(f"{name} is {event.get(name)!r}")
+    time = datetime.fromisoformat(event["time"])
+    if time.tzinfo is None:
+        raise ValueError(f"time {event['time']!r} has no time zone")
+    return {**event, "time": time.astimezone(UTC).isoformat(timespec="seconds")}
+
+
+def of(events: Iterable[dict], lab: Lab, kind: str) -> list[dict]:
+    """Pick a lab's events of one kind."""
+    return [event for event in events if (event["lab"], event["kind"]) == (lab.name, kind)]
