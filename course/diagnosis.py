@@ -26,6 +26,8 @@ SECONDS_PER_TEST = 1.0
 SECONDS_PER_RUN = 10.0
 # Results of the same mistake, made in another order of operations, differ by this much at most.
 SLACK = 4.0
+# More beliefs than this behind one result say nothing; two can be told apart by a question.
+MAX_NAMED = 2
 
 
 @dataclass

@@ -45,9 +45,14 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """killed_by: the first failing test; "" when it survived. beliefs: what it was taken for."""
+    """What a suite says of one solution.
+
+    killed_by: the first failing test; "" when all passed. num_tests: in the suite. beliefs: what
+    the failures were taken for.
+    """
 
     killed_by: str
+    num_tests: int = 0
     beliefs: tuple[str, ...] = ()
 
 
@@ -84,6 +89,11 @@ def separating_question(lab: Lab, names: Sequence[str]) -> str:
     return next((row["ask"] for row in rows if set(row["ids"]) == set(names)), "")
 
 
+def medal(lab: Lab) -> dict[str, float]:
+    """Read a lab's thresholds for bronze, silver and gold; {} where speed is not its point."""
+    return _toml(lab).get("medal", {})
+
+
 def _toml(lab: Lab) -> dict:
     return tomllib.loads(lab.misconceptions.read_text(encoding="utf-8"))
 
@@ -95,6 +105,34 @@ def listed_mutants(lab: Lab) -> list[Mutant]:
         Mutant(lab, "listed", row["id"], source.replace(row["replace"], row["with"]))
         for row in misconceptions(lab)
     ]
+
+
+def alternatives(lab: Lab) -> list[Mutant]:
+    """Read the other right solutions of a lab, which its suite must accept."""
+    files = sorted((lab.tests.parent / "alternatives").glob(f"{lab.stem}_*.py"))
+    return [
+        Mutant(lab, "alternative", file.stem, file.read_text(encoding="utf-8")) for file in files
+    ]
+
+
+def unlisted(lab: Lab) -> dict[str, tuple[Mutant, list[str]]]:
+    """Read wrong solutions that no table holds: what was done → (the mutant, what is said to it).
+
+    They show what the diagnosis does with a belief that it does not know. Each row of
+    tests/weekN/unlisted.toml has a verdict by a person: silent, or why what is said is true.
+    """
+    path = layers.TESTS / lab.week / "unlisted.toml"
+    rows = tomllib.loads(path.read_text(encoding="utf-8"))["solution"]
+    source = lab.solution.read_text(encoding="utf-8")
+    found = {}
+    for row in rows:
+        if row["lab"] != lab.name:
+            continue
+        if source.count(row["replace"]) != 1:
+            raise ValueError(f"{path.name}: {row['what']!r} does not fit {lab.solution.name}")
+        changed = source.replace(row["replace"], row["with"])
+        found[row["what"]] = Mutant(lab, "unlisted", row["what"], changed), row["says"]
+    return found
 
 
 def generated_mutants(lab: Lab) -> list[Mutant]:
@@ -169,6 +207,12 @@ def _walk(node: ast.AST, statement: ast.stmt) -> Iterator[tuple[ast.AST, ast.stm
                 yield from _walk(child, statement)
 
 
+_NEGATIONS = {
+    ast.Lt: ast.GtE,
+    ast.LtE: ast.Gt,
+    ast.Gt: ast.LtE,
+    ast.GtE: ast.Lt,
+}
 _OPERATORS = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -204,10 +248,12 @@ def _changes(node: ast.AST) -> list[ast.AST]:
         changed = copy.deepcopy(node)
         changed.op = _OPERATORS[type(node.op)]()
         changes.append(changed)
-    elif isinstance(node, ast.Compare) and type(node.ops[0]) in _OPERATORS:
-        changed = copy.deepcopy(node)
-        changed.ops[0] = _OPERATORS[type(node.ops[0])]()
-        changes.append(changed)
+    elif isinstance(node, ast.Compare):
+        for table in (_OPERATORS, _NEGATIONS):
+            if type(node.ops[0]) in table:
+                changed = copy.deepcopy(node)
+                changed.ops[0] = table[type(node.ops[0])]()
+                changes.append(changed)
     elif isinstance(node, ast.UnaryOp):
         # −1 is a number, most often an axis; the constant inside is changed by itself.
         if not isinstance(node.operand, ast.Constant):
@@ -277,8 +323,9 @@ def digest(lab: Lab) -> str:
     # Which survivors are equivalent is judged afterwards, so those rows are left out.
     rows = json.dumps(misconceptions(lab), sort_keys=True)
     total = hashlib.sha256(f"{dict(grading.TOLERANCE)}{rows}".encode())
-    for file in [lab.solution, lab.tests]:
-        total.update(file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    texts = [file.read_text(encoding="utf-8") for file in (lab.solution, lab.tests)]
+    for text in [*texts, *(other.source for other in alternatives(lab))]:
+        total.update(text.encode() + b"\0")
     return total.hexdigest()[:16]
 
 
@@ -291,7 +338,9 @@ def hunt(labs: list[Lab], listed_only: bool = False) -> int:
     num_survivors = 0
     for lab in labs:
         start = time.perf_counter()
-        mutants = listed_mutants(lab) + ([] if listed_only else generated_mutants(lab))
+        mutants = listed_mutants(lab)
+        if not listed_only:
+            mutants += generated_mutants(lab) + alternatives(lab)
         verdicts = _run_all(lab, mutants)
         num_survivors += _tell(lab, verdicts, time.perf_counter() - start)
         if not listed_only:
@@ -302,15 +351,18 @@ def hunt(labs: list[Lab], listed_only: bool = False) -> int:
 def measure_diagnosis(labs: list[Lab]) -> int:
     """See whether every misconception is recognised as itself, print and keep the outcome.
 
-    Returns 1 when fewer than DIAGNOSED_SHARE of all are.
+    Runs the unlisted solutions as well. Returns 1 when fewer than DIAGNOSED_SHARE of all are
+    recognised, or an unlisted one passes or hears something else than its row says.
     """
     _prepare()
-    num_named, num_all = 0, 0
+    num_named, num_all, changed = 0, 0, 0
     for lab in labs:
         listed = listed_mutants(lab)
-        verdicts = _run_all(lab, listed, diagnosed=True)
+        strangers = unlisted(lab)
+        verdicts = _run_all(lab, [*listed, *(m for m, _ in strangers.values())], diagnosed=True)
         told = {mutant.id: list(verdict.beliefs) for mutant, verdict in verdicts.items()}
-        others = {name: beliefs for name, beliefs in told.items() if beliefs != [name]}
+        changed += _compare(strangers, verdicts)
+        others = {m.id: told[m.id] for m in listed if told[m.id] != [m.id]}
         for name, beliefs in others.items():
             print(f"  {name:<34} {' or '.join(beliefs) or 'silent'}")
         named = len(listed) - len(others)
@@ -318,7 +370,21 @@ def measure_diagnosis(labs: list[Lab]) -> int:
         outcome = {"digest": diagnosis_digest(lab), "named": named, "others": others}
         _write_results(lab, {**read_results(lab.week).get(lab.name, {}), "diagnosis": outcome})
         num_named, num_all = num_named + named, num_all + len(listed)
-    return 0 if num_named >= DIAGNOSED_SHARE * num_all else 1
+    return 0 if num_named >= DIAGNOSED_SHARE * num_all and not changed else 1
+
+
+def _compare(
+    strangers: dict[str, tuple[Mutant, list[str]]], verdicts: dict[Mutant, Verdict]
+) -> int:
+    """Print what is said to each unlisted solution; returns how many need a new look."""
+    num_changed = 0
+    for what, (mutant, says) in strangers.items():
+        verdict = verdicts[mutant]
+        said = list(verdict.beliefs)
+        note = "PASSES" if not verdict.killed_by else "" if said == says else "CHANGED"
+        num_changed += bool(note)
+        print(f"  unlisted  {what}: {' or '.join(said) or 'silent'}  {note}".rstrip())
+    return num_changed
 
 
 def diagnosis_digest(lab: Lab) -> str:
@@ -335,11 +401,15 @@ def _prepare() -> None:
 
 
 def _tell(lab: Lab, verdicts: dict[Mutant, Verdict], seconds: float) -> int:
-    """Print a lab's verdicts; returns how many mutants survived without being named equivalent."""
+    """Print a lab's verdicts; returns how many of them are not as they should be."""
     reasons = equivalents(lab)
     num_survivors = 0
     for mutant, verdict in verdicts.items():
-        if verdict.killed_by and mutant.kind == "listed":
+        if mutant.kind == "alternative":
+            num_survivors += bool(verdict.killed_by)
+            accepted = f"REFUSED   {mutant.id} by {verdict.killed_by}"
+            print(f"  {accepted if verdict.killed_by else f'accepted  {mutant.id}'}")
+        elif verdict.killed_by and mutant.kind == "listed":
             print(f"  killed    {mutant.id:<34} {verdict.killed_by}")
         elif not verdict.killed_by and mutant.id not in reasons:
             num_survivors += 1
@@ -364,8 +434,8 @@ def _tell(lab: Lab, verdicts: dict[Mutant, Verdict], seconds: float) -> int:
 
 
 def _counts(verdicts: dict[Mutant, Verdict]) -> dict[str, int]:
-    counts = {}
-    for kind in ("listed", "generated"):
+    counts = {"tests": max((verdict.num_tests for verdict in verdicts.values()), default=0)}
+    for kind in ("listed", "generated", "alternative"):
         ours = [verdict for mutant, verdict in verdicts.items() if mutant.kind == kind]
         counts[kind] = len(ours)
         counts[f"{kind}_killed"] = sum(bool(verdict.killed_by) for verdict in ours)
@@ -378,7 +448,9 @@ def _keep(lab: Lab, verdicts: dict[Mutant, Verdict], seconds: float) -> None:
         **_counts(verdicts),
         "seconds": round(seconds),
         "killed_by": {m.id: v.killed_by for m, v in verdicts.items() if m.kind == "listed"},
-        "survivors": [m.id for m, v in verdicts.items() if not v.killed_by],
+        "survivors": [
+            m.id for m, v in verdicts.items() if m.kind == "generated" and not v.killed_by
+        ],
     }
     diagnosis = read_results(lab.week).get(lab.name, {}).get("diagnosis", {})
     _write_results(lab, {**results, "diagnosis": diagnosis})
@@ -475,12 +547,11 @@ def _finish(pid: int, target: Path, seconds: float) -> Verdict | None:
     if not done:
         return None
     code = os.waitstatus_to_exitcode(status)
-    if code == 0:
-        return Verdict("")
     grades = target / "grades.json"
-    if code == 1 and grades.is_file():
+    if code in (0, 1) and grades.is_file():
         (grade,) = json.loads(grades.read_text(encoding="utf-8")).values()
-        return Verdict(grade["first"]["test"], tuple(grade["beliefs"]))
+        first = grade["first"]["test"] if code else ""
+        return Verdict(first, grade["collected"], tuple(grade["beliefs"]))
     if code < 0 or code == 1:
         return Verdict(f"a crash of the process ({code})")
     log = (target / "log").read_text(encoding="utf-8", errors="replace")

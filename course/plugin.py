@@ -405,7 +405,8 @@ class _Grades:
             grade["first"] = grade["first"] or first
             matches = self._matches.setdefault(verdict["lab"], [])
             matches.append(verdict["beliefs"])
-            grade["beliefs"] = diagnosis.narrow(filter(None, matches))
+            kept = diagnosis.narrow(filter(None, matches))
+            grade["beliefs"] = kept if len(kept) <= diagnosis.MAX_NAMED else []
 
     def pytest_sessionfinish(self) -> None:
         if self._path:

@@ -122,11 +122,10 @@ def draw(probabilities: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     any call before; a token of probability 0 is never drawn; over many positions of one seed, and
     over many seeds at one position, tokens come out with their probabilities and independently.
     """
-    cumulative = probabilities.double().cumsum(-1)
-    # Ends at exactly 1, and the noise stays below: behind the last possible token nothing is found.
-    cumulative = cumulative / cumulative[:, -1:]
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     noise = _uniform(seeds, positions).unsqueeze(-1)
-    return torch.searchsorted(cumulative, noise, right=True).squeeze(-1)
+    # Ends at exactly 1, and the noise stays below: behind the last possible token nothing is found.
+    return torch.searchsorted(cumulative / cumulative[:, -1:], noise, right=True).squeeze(-1)
 
 
 class Sampler:
@@ -151,7 +150,7 @@ class Sampler:
         params, device = self.params, logits.device
         prompt_ids = token_ids[: self.num_prompt_tokens]
         output_ids = token_ids[self.num_prompt_tokens :]
-        logits = apply_penalties(logits.float(), prompt_ids, output_ids, params)
+        logits = apply_penalties(logits, prompt_ids, output_ids, params)
         probabilities = token_probabilities(
             logits.unsqueeze(0),
             torch.tensor([params.temperature], device=device),
@@ -179,7 +178,7 @@ def _renormalised(probabilities: Tensor) -> Tensor:
 def _uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     """Hash (seed, position) into [0, 1) by SplitMix64's mixer, twice."""
     bits = _mix(_mix(seeds) ^ positions)
-    return _shift_right(bits, 11).double() * 2.0**-53
+    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
 
 
 def _mix(bits: Tensor) -> Tensor:

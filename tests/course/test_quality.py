@@ -64,6 +64,7 @@ def clip(x: int, low: int = 0) -> int:
         "if x < low → if True",
         "if x < low → if False",
         "if x < low → if x <= low",
+        "if x < low → if x >= low",
         "raise ValueError(f'{x} is below {low + 1}') → pass",
         "return -x + 2 → return -x - 2",
         "return -x + 2 → return x + 2",

@@ -1,0 +1,170 @@
+"""`course bench LAB`: the speed of a lab as a ratio to what it is compared with, and its medal.
+
+What is timed lies in benchmarks/weekN/LAB.py: a function `workload(yours)` that returns a Workload.
+The thresholds lie in the lab's TOML under [medal]. Every round times every side once, so that a
+machine that is busy for a moment slows all of them; the ratio of a round is one number, and the
+median of the rounds counts.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from course import models, mutants, progress, status
+from course.labs import ROOT, Lab, all_labs
+
+MEDALS = ("gold", "silver", "bronze")
+YOURS = "yours"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What to time.
+
+    sides: name → one run of it; "yours" and `against` are among them. count, unit: what one run
+    gets done, such as 32 tokens. flops, num_bytes: the least work of one run, for the limit.
+    """
+
+    sides: Mapping[str, Callable[[], object]]
+    against: str
+    count: int
+    unit: str
+    flops: float
+    num_bytes: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine does at best, measured here. flops, bytes_per_second: float32, a second."""
+
+    flops: float
+    bytes_per_second: float
+
+
+def bench(lab: Lab, num_runs: int, as_json: bool) -> int:
+    """Time a lab and name its medal; returns 1 when it is not green. Raises ValueError."""
+    thresholds = mutants.medal(lab)
+    if not thresholds:
+        others = ", ".join(other.name for other in all_labs() if mutants.medal(other))
+        raise ValueError(f"{lab.name} has no medal: speed is not its point; {others} has one")
+    if num_runs < 1:
+        raise ValueError(f"--runs must be at least 1, got {num_runs}")
+    grades = status.grade_all()
+    if grades[lab].state != "green":
+        print(f"{lab.name} is not green: right before fast. Grade it: pytest code/{lab.name}.py")
+        return 1
+    try:
+        work = _workload(lab, {other for other, grade in grades.items() if grade.state == "green"})
+    except models.ModelUnavailable as error:
+        print(f"course: {error}")
+        return 1
+    seconds = _time(work, num_runs)
+    report = _report(lab, work, seconds, measure_machine(), thresholds)
+    progress.append("bench", lab, ratio=report["ratio"], medal=report["medal"])
+    print(json.dumps(report, indent=1) if as_json else _table(report))
+    return 0
+
+
+def medal_of(ratio: float, thresholds: Mapping[str, float]) -> str:
+    """Return the best medal whose threshold the ratio reaches, or ""."""
+    return next((name for name in MEDALS if ratio >= thresholds[name]), "")
+
+
+def measure_machine() -> Machine:
+    """Measure the copy bandwidth and the rate of a float32 matrix product, the best of five."""
+    source = torch.ones(64 * 2**20)
+    target = torch.empty_like(source)
+    a = torch.ones(1024, 1024)
+    copying = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
+    multiplying = min(_seconds(lambda: a @ a) for _ in range(5))
+    return Machine(2 * 1024**3 / multiplying, 2 * source.nbytes / copying)
+
+
+def _workload(lab: Lab, yours: set[Lab]) -> Workload:
+    path = ROOT / "benchmarks" / f"{lab.name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks.{lab.module}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.workload(yours)
+
+
+def _time(work: Workload, num_runs: int) -> dict[str, list[float]]:
+    for run in work.sides.values():
+        run()  # what happens only once is not counted
+    seconds: dict[str, list[float]] = {name: [] for name in work.sides}
+    for _ in range(num_runs):
+        for name, run in work.sides.items():
+            seconds[name].append(_seconds(run))
+    return seconds
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _report(
+    lab: Lab,
+    work: Workload,
+    seconds: dict[str, list[float]],
+    machine: Machine,
+    thresholds: Mapping[str, float],
+) -> dict:
+    rounds = zip(seconds[work.against], seconds[YOURS], strict=True)
+    ratio = statistics.median(theirs / ours for theirs, ours in rounds)
+    best = max(work.flops / machine.flops, work.num_bytes / machine.bytes_per_second)
+    rates = {name: work.count / statistics.median(times) for name, times in seconds.items()}
+    return {
+        "lab": lab.name,
+        "medal": medal_of(ratio, thresholds),
+        "ratio": round(ratio, 3),
+        "against": work.against,
+        "thresholds": dict(thresholds),
+        "unit": f"{work.unit}/s",
+        "rates": {name: round(rate, 2) for name, rate in rates.items()},
+        "share_of_limit": round(rates[YOURS] * best / work.count, 3),
+        "machine": {
+            "name": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "gflops": round(machine.flops / 1e9, 1),
+            "gigabytes_per_second": round(machine.bytes_per_second / 1e9, 1),
+            "torch": torch.__version__,
+            "commit": _commit(),
+        },
+        "seconds": {name: [round(t, 4) for t in times] for name, times in seconds.items()},
+    }
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def _table(report: dict) -> str:
+    unit = report["unit"]
+    lines = [f"{name:<24} {rate:>10.2f} {unit}" for name, rate in report["rates"].items()]
+    machine, limits = report["machine"], report["thresholds"]
+    lines.append(
+        f"this machine: {machine['gflops']:.0f} GFLOP/s, "
+        f"{machine['gigabytes_per_second']:.1f} GB/s copied; "
+        f"yours reaches {report['share_of_limit']:.0%} of what that allows"
+    )
+    steps = ", ".join(f"{name} {limits[name]:g}" for name in reversed(MEDALS))
+    lines.append(f"{report['ratio']:.2f} × {report['against']} ({steps})")
+    lines.append(f"medal: {report['medal'] or 'none yet'}")
+    return "\n".join(lines)

@@ -1,0 +1,92 @@
+"""`course mutants --report`: what the graders catch, as a page, from the committed measurements."""
+
+from course import files, mutants
+from course.labs import ROOT, WEEKS, Lab, all_labs
+
+PAGE = ROOT / "tests" / "QUALITY.md"
+_HEAD = """# How well the suites grade
+
+Written by `course mutants --report` from `tests/weekN/mutants.json`, which `course mutants` and
+`course mutants --diagnose` measure. A test fails when a lab, its suite or its table has changed
+since.
+
+- **misconceptions**: wrong solutions that people write, each with its belief; caught of all.
+- **generated**: the reference with one operator, comparison, constant, condition, conversion or
+  statement changed; caught of all, and how many of the rest behave like the reference, each named
+  with its reason in `tests/weekN/misconceptions/LAB.toml`.
+- **accepted**: other right solutions that pass.
+- **recognised**: misconceptions that the failure message names, and no other.
+- **seconds**: of the hunt on the machine that measured, which tells little about yours.
+"""
+_COLUMNS = (
+    "tests",
+    "misconceptions",
+    "generated",
+    "equivalent",
+    "accepted",
+    "recognised",
+    "seconds",
+)
+
+
+def write_report() -> int:
+    """Write the page; returns 1, with a sentence for each, when a lab's measurement is stale."""
+    problems = [problem for lab in all_labs() for problem in stale(lab)]
+    if problems:
+        print("\n".join(problems))
+        return 1
+    files.replace(PAGE, page())
+    print(f"{PAGE.relative_to(ROOT).as_posix()} is written")
+    return 0
+
+
+def stale(lab: Lab) -> list[str]:
+    """Say which measurements of a lab no longer speak of its files."""
+    results = mutants.read_results(lab.week).get(lab.name, {})
+    problems = []
+    if results.get("digest") != mutants.digest(lab):
+        problems.append(f"{lab.name} has changed since the hunt: run `course mutants {lab.name}`")
+    elif results["diagnosis"].get("digest") != mutants.diagnosis_digest(lab):
+        problems.append(
+            f"{lab.name} or the diagnosis has changed since it was measured: "
+            f"run `course mutants {lab.name} --diagnose`"
+        )
+    return problems
+
+
+def page() -> str:
+    """Lay out the committed measurements as Markdown."""
+    parts = [_HEAD]
+    for week in WEEKS:
+        results = mutants.read_results(week)
+        rows = {lab.name: _row(results[lab.name]) for lab in all_labs() if lab.week == week}
+        rows["all"] = {column: _total(rows, column) for column in _COLUMNS}
+        parts.append(f"## {week}\n\n| lab | {' | '.join(_COLUMNS)} |\n|---{'|---:' * 7}|")
+        for name, row in rows.items():
+            cells = " | ".join(_cell(row[column]) for column in _COLUMNS)
+            parts[-1] += f"\n| {name} | {cells} |"
+    return "\n".join(parts) + "\n"
+
+
+def _row(result: dict) -> dict[str, tuple[int, ...]]:
+    named = result["diagnosis"]["named"]
+    return {
+        "tests": (result["tests"],),
+        "misconceptions": (result["listed_killed"], result["listed"]),
+        "generated": (result["generated_killed"], result["generated"]),
+        "equivalent": (len(result["survivors"]),),
+        "accepted": (result["alternative"] - result["alternative_killed"], result["alternative"]),
+        "recognised": (named, result["listed"]),
+        "seconds": (result["seconds"],),
+    }
+
+
+def _total(rows: dict[str, dict], column: str) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*(row[column] for row in rows.values()), strict=True)))
+
+
+def _cell(numbers: tuple[int, ...]) -> str:
+    if len(numbers) == 1:
+        return f"{numbers[0]:,}"
+    part, whole = numbers
+    return f"{part}/{whole}" + (f" ({part / whole:.0%})" if part < whole else "")
