@@ -94,17 +94,19 @@ def required_names(requirements: str) -> list[str]:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: str) -> Iterator[IO[str]]:
-    """Hold a lock file; while another process holds it, say `waiting` once and wait.
+    """Hold a lock file; while another process holds it, wait, and after a second say `waiting`.
 
     The system drops the lock when its holder dies, so that there are no stale locks. A child that
     inherits the yielded file goes on holding it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        if not _try_lock(file):
-            _say(waiting)
-            while not _try_lock(file):
-                time.sleep(0.2)
+        started, told = time.monotonic(), False
+        while not _try_lock(file):
+            if not told and time.monotonic() - started > 1:
+                _say(waiting)
+                told = True
+            time.sleep(0.05)
         yield file
 
 

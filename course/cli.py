@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     mutants.add_argument("labs", nargs="*", help="week1, week1/rope; nothing means every lab")
     mutants.add_argument("--listed", action="store_true", help="only the misconceptions")
     mutants.add_argument(
+        "--report", action="store_true", help="write tests/QUALITY.md from what was measured"
+    )
+    mutants.add_argument(
         "--diagnose", action="store_true", help="see whether each misconception is recognised"
     )
     return parser
@@ -129,14 +132,20 @@ def _test(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from course import status
+    from dataclasses import asdict
+
+    from course import progress, status, tracker
 
     grades = status.grade_all()
+    problems = tracker.write(grades)
+    events, _ = progress.read()
     if options.json:
-        print(json.dumps({lab.name: vars(grade) for lab, grade in grades.items()}, indent=1))
+        standings = tracker.standing(grades, events)
+        print(json.dumps({lab.name: asdict(found) for lab, found in standings.items()}, indent=1))
     else:
-        print(status.board(grades))
+        print(tracker.board(grades, events))
         print(f"\n{status.next_step(grades)}")
+    print("".join(f"course: {problem}\n" for problem in problems), end="", file=sys.stderr)
     return 0
 
 
@@ -237,7 +246,13 @@ def _mutants(options: argparse.Namespace) -> int:
     from course import mutants
     from course.labs import all_labs
 
+    if options.report + options.diagnose + options.listed > 1:
+        raise ValueError("--report, --diagnose and --listed are three different things")
     labs = [lab for text in options.labs for lab in find_labs(text)] or all_labs()
+    if options.report:
+        from course import quality
+
+        return quality.write_report()
     if options.diagnose:
         return mutants.measure_diagnosis(labs)
     return mutants.hunt(labs, listed_only=options.listed)

@@ -52,9 +52,9 @@ def diagnose(
 ) -> list[str]:
     """Name the misconceptions that give the result of a failed test, in the order of the table.
 
-    replay: runs the test again. test: its name. limit: stops a block after so many seconds with OutOfTime.
-    Takes at most SECONDS_PER_TEST, and SECONDS_PER_RUN in the whole run; what is not tried by then
-    is not named.
+    replay: runs the test again. test: its name. limit: stops a block after so many seconds with
+    OutOfTime. Takes at most SECONDS_PER_TEST, and SECONDS_PER_RUN in the whole run; what is not
+    tried by then is not named.
     """
     wanted = grading.evidence(error)
     if wanted is None or _budget.seconds <= 0:
@@ -89,15 +89,15 @@ def narrow(matches: Iterable[Sequence[str]]) -> list[str]:
 
 def words(lab: Lab, names: Sequence[str]) -> str:
     """Put recognised beliefs into words that end in one question; "" where nothing is certain."""
+    if not 0 < len(names) <= MAX_NAMED:
+        return ""
     rows = {row["id"]: row for row in mutants.misconceptions(lab)}
     if len(names) == 1:
         row = rows[names[0]]
         return f"This is what comes out when somebody believes:\n“{row['belief']}”\n{row['ask']}"
-    if len(names) == 2:
-        ask = mutants.separating_question(lab, names) or "Which of the two is in your code?"
-        first, second = (rows[name]["belief"] for name in names)
-        return f"Two beliefs give this very result:\n“{first}”\n“{second}”\n{ask}"
-    return ""
+    ask = mutants.separating_question(lab, names) or "Which of the two is in your code?"
+    first, second = (rows[name]["belief"] for name in names)
+    return f"Two beliefs give this very result:\n“{first}”\n“{second}”\n{ask}"
 
 
 def _candidates(lab: Lab, test: str) -> list[tuple[str, ModuleType]]:

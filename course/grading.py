@@ -448,7 +448,7 @@ def evidence(error: BaseException) -> Evidence | None:
     if isinstance(error, NotImplementedError) and _is_not_written(error):
         return None
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_suite(f.filename)]
-    line = frames[0].lineno or 0 if frames else 0
+    line = frames[-1].lineno or 0 if frames else 0
     if isinstance(error, GradedFailure):
         return Evidence("wrong", line, session.num_calls, error.produced)
     return Evidence(type(error).__name__, line, session.num_calls, str(error))

@@ -48,12 +48,13 @@ class Verdict:
     """What a suite says of one solution.
 
     killed_by: the first failing test; "" when all passed. num_tests: in the suite. beliefs: what
-    the failures were taken for.
+    the failures were taken for. text: what the first failure says.
     """
 
     killed_by: str
     num_tests: int = 0
     beliefs: tuple[str, ...] = ()
+    text: str = ""
 
 
 def misconceptions(lab: Lab) -> list[dict[str, str]]:
@@ -321,7 +322,8 @@ def digest(lab: Lab) -> str:
     from course import grading  # brings torch, for which `hunt` sets the threads first
 
     # Which survivors are equivalent is judged afterwards, so those rows are left out.
-    rows = json.dumps(misconceptions(lab), sort_keys=True)
+    kept = ("id", "belief", "replace", "with", "ask")
+    rows = json.dumps([{key: row[key] for key in kept} for row in misconceptions(lab)])
     total = hashlib.sha256(f"{dict(grading.TOLERANCE)}{rows}".encode())
     texts = [file.read_text(encoding="utf-8") for file in (lab.solution, lab.tests)]
     for text in [*texts, *(other.source for other in alternatives(lab))]:
@@ -367,10 +369,29 @@ def measure_diagnosis(labs: list[Lab]) -> int:
             print(f"  {name:<34} {' or '.join(beliefs) or 'silent'}")
         named = len(listed) - len(others)
         print(f"{lab.name}: {named}/{len(listed)} misconceptions recognised", flush=True)
-        outcome = {"digest": diagnosis_digest(lab), "named": named, "others": others}
+        outcome = {
+            "digest": diagnosis_digest(lab),
+            "named": named,
+            "others": others,
+            "examples": _examples(lab, verdicts),
+        }
         _write_results(lab, {**read_results(lab.week).get(lab.name, {}), "diagnosis": outcome})
         num_named, num_all = num_named + named, num_all + len(listed)
     return 0 if num_named >= DIAGNOSED_SHARE * num_all and not changed else 1
+
+
+def _examples(lab: Lab, verdicts: dict[Mutant, Verdict]) -> dict[str, str]:
+    """Keep what the learner reads for the rows that are marked as examples."""
+    from course import diagnosis, grading  # they bring torch, for which `_prepare` sets the threads
+
+    marked = {row["id"] for row in misconceptions(lab) if row.get("example")}
+    return {
+        mutant.id: grading.render(
+            lab, verdict.killed_by, verdict.text, diagnosis.words(lab, verdict.beliefs)
+        )
+        for mutant, verdict in verdicts.items()
+        if mutant.kind == "listed" and mutant.id in marked
+    }
 
 
 def _compare(
@@ -550,8 +571,8 @@ def _finish(pid: int, target: Path, seconds: float) -> Verdict | None:
     grades = target / "grades.json"
     if code in (0, 1) and grades.is_file():
         (grade,) = json.loads(grades.read_text(encoding="utf-8")).values()
-        first = grade["first"]["test"] if code else ""
-        return Verdict(first, grade["collected"], tuple(grade["beliefs"]))
+        first = grade["first"] if code else {"test": "", "text": ""}
+        return Verdict(first["test"], grade["collected"], tuple(grade["beliefs"]), first["text"])
     if code < 0 or code == 1:
         return Verdict(f"a crash of the process ({code})")
     log = (target / "log").read_text(encoding="utf-8", errors="replace")

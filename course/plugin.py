@@ -253,7 +253,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     vars(item).pop("_hypothesis_failing_examples", None)
     error = call.excinfo.value if call.excinfo else None  # pytest replaces some of them below
     report = yield
-    kind, text, beliefs = "", "", []
+    kind, text, asked, beliefs = "", "", "", []
     if report.skipped and error is not None and grading.learner_frame(error):
         # Only the suite may skip a test, not the file that it grades.
         report.outcome = "failed"
@@ -264,9 +264,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
         kind, text = grading.explain(error, lab)
         if kind == "wrong" and call.when == "call":
             beliefs = _beliefs(item, error, lab)
-        report.longrepr = grading.render(lab, item.name, text, diagnosis.words(lab, beliefs))
+        asked = diagnosis.words(lab, beliefs)
+        report.longrepr = grading.render(lab, item.name, text, asked)
         report.sections = [(title, _tail(content)) for title, content in report.sections]
-    verdict = {"lab": lab.name, "kind": kind, "text": text, "beliefs": beliefs}
+    verdict = {"lab": lab.name, "kind": kind, "text": text, "asked": asked, "beliefs": beliefs}
     report.user_properties.append((PROPERTY, verdict))
     return report
 

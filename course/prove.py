@@ -7,7 +7,6 @@ import sys
 from course import models
 from course.labs import ROOT
 
-
 # Each loads the libraries and may start a process that loads them again: 1 GB of memory.
 MAX_WORKERS = 4
 

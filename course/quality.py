@@ -1,9 +1,15 @@
-"""`course mutants --report`: what the graders catch, as a page, from the committed measurements."""
+"""`course mutants --report`: what the graders catch and say, from the committed measurements."""
+
+from pathlib import Path
 
 from course import files, mutants
 from course.labs import ROOT, WEEKS, Lab, all_labs
 
 PAGE = ROOT / "tests" / "QUALITY.md"
+_BEGIN = (
+    "<!-- Written by `course mutants --report`: what the suites said when measured. -->"
+)
+_END = "<!-- End of what was written. -->"
 _HEAD = """# How well the suites grade
 
 Written by `course mutants --report` from `tests/weekN/mutants.json`, which `course mutants` and
@@ -35,8 +41,11 @@ def write_report() -> int:
     if problems:
         print("\n".join(problems))
         return 1
-    files.replace(PAGE, page())
-    print(f"{PAGE.relative_to(ROOT).as_posix()} is written")
+    pages = {PAGE: page()}
+    pages |= {week_page(week): with_examples(week) for week in WEEKS}
+    for path, text in pages.items():
+        files.replace(path, text)
+        print(f"{path.relative_to(ROOT).as_posix()} is written")
     return 0
 
 
@@ -66,6 +75,23 @@ def page() -> str:
             cells = " | ".join(_cell(row[column]) for column in _COLUMNS)
             parts[-1] += f"\n| {name} | {cells} |"
     return "\n".join(parts) + "\n"
+
+
+def week_page(week: str) -> Path:
+    """Return the page of a week in the book, which shows examples of what its suites say."""
+    return ROOT / "sessions" / week / "README.md"
+
+
+def with_examples(week: str) -> str:
+    """Return the page of a week with the examples that were measured last."""
+    before, _, rest = week_page(week).read_text(encoding="utf-8").partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    blocks = []
+    for lab in all_labs():
+        result = mutants.read_results(week).get(lab.name, {})
+        for text in result.get("diagnosis", {}).get("examples", {}).values():
+            blocks.append(f"```\n{text}\n```")
+    return f"{before}{_BEGIN}\n\n" + "\n\n".join(blocks) + f"\n\n{_END}{after}"
 
 
 def _row(result: dict) -> dict[str, tuple[int, ...]]:

@@ -140,16 +140,6 @@ def _write_cache(old: dict[str, dict], new: dict[str, dict]) -> None:
     files.replace(CACHE, json.dumps(kept))
 
 
-def board(grades: dict[Lab, Grade]) -> str:
-    """Draw the progress board: one line a lab."""
-    lines = []
-    for lab, grade in grades.items():
-        count = f"{grade.passed}/{grade.total}" if grade.total else ""
-        lines.append(f"{SYMBOLS[grade.state]} {lab.name:<18} {grade.state:<12} {count:>9}".rstrip())
-    done = sum(grade.state == "green" for grade in grades.values())
-    return "\n".join([*lines, f"{done} of {len(grades)} labs are green"])
-
-
 def next_step(grades: dict[Lab, Grade]) -> str:
     """Name the one thing to do next."""
     open_labs = [lab for lab, grade in grades.items() if grade.state in ("started", "not started")]

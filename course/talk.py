@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from course import models, status
+from course import models, progress, status, tracker
 from course.engine import Engine, LabCrashed, assemble
 from course.grading import LabUnusable
 from course.labs import Lab, all_labs
@@ -87,7 +87,7 @@ class Conversation:
 def learn(prompt: str) -> int:
     """Show the board, let the model answer through the learner's labs, name what is next."""
     grades = status.grade_all()
-    print(status.board(grades))
+    print(tracker.board(grades, progress.read()[0]))
     _tell("\nLoading the model …")
     code = chat(Request(max_tokens=48), prompt)
     print(f"\n{status.next_step(grades)}")

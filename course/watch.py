@@ -6,6 +6,7 @@ a notice that is lost, late or about nothing costs time and never a wrong grade.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from course import layers, status
+from course import layers, progress, status, tracker
 from course.labs import ROOT, Lab, find_labs
 
 WIDTH = 80
@@ -307,7 +308,7 @@ class _Watcher:
 
     def _show_board(self, job: _Job) -> None:
         grades = _read_grades(job)
-        self._say(_last_lines(job) if grades is None else status.board(grades))
+        self._say(_last_lines(job) if grades is None else tracker.board(grades, progress.read()[0]))
 
     def _say(self, text: str) -> None:
         self._notice = text
@@ -382,7 +383,8 @@ def _failure(lab: Lab, first: dict[str, str]) -> str:
     """Lay out a failure as `grading.render` does, which would bring torch into this process."""
     if first["kind"] != "wrong":  # the text speaks of the whole lab
         return _wrapped(first["text"], _width())
-    body = textwrap.indent(_wrapped(first["text"], _width() - 2), "  ")
+    paragraphs = [_wrapped(first[part], _width() - 2) for part in ("text", "asked") if first[part]]
+    body = textwrap.indent("\n\n".join(paragraphs), "  ")
     return f"{lab.name}.py  {first['test']}\n{body}\n\n  {_relative(lab.note)}"
 
 
@@ -397,7 +399,11 @@ def _read_grades(job: _Job) -> dict[Lab, status.Grade] | None:
         grades = json.loads(job.stdout())
     except ValueError:
         return None
-    return {find_labs(name)[0]: status.Grade(**grade) for name, grade in grades.items()}
+    fields = [field.name for field in dataclasses.fields(status.Grade)]
+    return {
+        find_labs(name)[0]: status.Grade(**{field: grade[field] for field in fields})
+        for name, grade in grades.items()
+    }
 
 
 def _last_lines(job: _Job) -> str:

@@ -220,6 +220,15 @@ def test_every_way_to_call_pytest(tree, args, cwd, count):
     assert f"{count} passed" in result.stdout, result.stdout
 
 
+def test_without_the_packages_it_says_what_to_do(tree):
+    tree.write(
+        "without.py", "import sys; sys.modules['torch'] = None; import pytest; pytest.main()"
+    )
+    result = tree.run("without")
+    assert result.returncode == 4
+    assert result.stdout.count("\n") == 2 and "python3 -m course learn" in result.stdout
+
+
 def test_collect_only_lists_the_suite(tree):
     result = tree.pytest("code/week1/attention.py", "--collect-only", "-q")
     assert "tests/week1/test_attention.py::test_softmax_leaves_its_input_alone" in result.stdout

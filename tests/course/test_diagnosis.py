@@ -1,0 +1,213 @@
+"""What a failing test says of the belief behind it, and what it leaves alone."""
+
+import json
+import tomllib
+
+import pytest
+import torch
+
+from course import diagnosis, grading, layers, mutants
+from course.grading import Evidence, GradedFailure
+from course.labs import WEEKS, all_labs, find_labs
+
+ROPE = "week1/rope"
+(LAB,) = find_labs(ROPE)
+
+SUITE = """
+import torch
+from hypothesis import given, strategies as st
+
+from course.grading import check_close, check_equal, lab
+
+rope = lab("week1/rope")
+
+
+def test_shape_only():
+    table = rope.rotary_table(4, 3, 10.0)
+    check_equal(tuple(table.shape), (3, 4), "the shape")
+
+
+def test_values():
+    speeds = torch.tensor([1.0, 10.0**-0.5])
+    angles = torch.arange(3).unsqueeze(-1) * speeds
+    check_close(rope.rotary_table(4, 3, 10.0), torch.cat((angles.cos(), angles.sin()), -1))
+
+
+@given(st.integers(2, 9))
+def test_any_length(length):
+    table = rope.rotary_table(2, length, 10.0)
+    check_close(table[:, 0], torch.arange(length).float().cos())
+"""
+
+TABLE = """
+[[misconception]]
+id = "speeds-grow"
+belief = "The pairs become faster from the first to the last"
+replace = "theta**-exponents"
+with = "theta**exponents"
+ask = "Which pair is the fastest?"
+[[misconception]]
+id = "sines-first"
+belief = "Sines stand in front"
+replace = "(angles.cos(), angles.sin())"
+with = "(angles.sin(), angles.cos())"
+ask = "What is sin 0?"
+[[misconception]]
+id = "sines-for-cosines"
+belief = "A sine is a cosine"
+replace = "(angles.cos(), angles.sin()), dim=-1)"
+with = "(angles.sin(), angles.cos()), dim=-1) + 0"
+ask = "And cos 0?"
+[[misconception]]
+id = "without-end"
+belief = "It ends by itself"
+replace = "    exponents = torch.arange(0"
+with = "    while True:\\n        pass\\n    exponents = torch.arange(0"
+ask = "When?"
+[[apart]]
+ids = ["sines-first", "sines-for-cosines"]
+ask = "Which of the two is it?"
+"""
+
+
+@pytest.fixture
+def graded(tree):
+    """Grade a wrong rope against a small suite and a small table; returns output and grade."""
+    source = tree.read(f"solutions/{ROPE}.py")
+    tree.write("tests/week1/test_rope.py", SUITE)
+    tree.write("tests/week1/misconceptions/rope.toml", TABLE)
+
+    def grade(replace: str, by: str, *args: str):
+        assert source.count(replace) == 1
+        tree.write(f"code/{ROPE}.py", source.replace(replace, by))
+        result = tree.pytest(f"code/{ROPE}.py", "--grade-json", "grades.json", *args)
+        return result.stdout, json.loads(tree.read("grades.json"))[ROPE]
+
+    return grade
+
+
+def test_a_known_belief_is_named_once_with_its_question(graded):
+    output, grade = graded("theta**-exponents", "theta**exponents")
+    assert grade["beliefs"] == ["speeds-grow"]
+    assert grade["failed"] == 1 and grade["passed"] == 2
+    assert "“The pairs become faster from the first to the last”" in output
+    assert output.count("Which pair is the fastest?") == 1
+
+
+def test_another_way_to_write_the_same_mistake_is_the_same_belief(graded):
+    output, grade = graded("theta**-exponents", "torch.pow(1.0 / theta, -exponents)")
+    assert grade["beliefs"] == ["speeds-grow"]
+    assert "Which pair is the fastest?" in output
+
+
+def test_two_beliefs_are_told_apart_by_a_question(graded):
+    output, grade = graded("(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())")
+    assert grade["beliefs"] == ["sines-first", "sines-for-cosines"]
+    assert grade["failed"] == 2  # the property test has its own smallest example
+    assert output.count("Which of the two is it?") == 1
+    assert "What is sin 0?" not in output
+    assert output.count("The same belief explains this one.") == 1
+
+
+def test_an_unknown_mistake_is_met_with_silence(graded):
+    output, grade = graded("theta**-exponents", "theta**(-exponents - 0.5)")
+    assert grade["failed"] > 0 and grade["beliefs"] == []
+    assert "believes" not in output and "Two beliefs" not in output
+
+
+def test_it_can_be_switched_off(graded):
+    output, grade = graded("theta**-exponents", "theta**exponents", "--no-diagnosis")
+    assert grade["failed"] == 1 and grade["beliefs"] == []
+    assert "believes" not in output
+
+
+def test_workers_of_xdist_ask_once_too(graded):
+    output, grade = graded(
+        "(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())", "-n", "2"
+    )
+    assert grade["beliefs"] == ["sines-first", "sines-for-cosines"]
+    assert output.count("Which of the two is it?") == 1
+
+
+def test_a_broken_table_costs_no_message(tree, graded):
+    tree.write("tests/week1/misconceptions/rope.toml", "[[misconception]\n")
+    output, grade = graded("theta**-exponents", "theta**exponents")
+    assert grade["failed"] == 1 and "first difference at" in output
+    assert "the diagnosis of week1/rope failed" in output
+
+
+@pytest.mark.parametrize(
+    ("got", "wanted", "same"),
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0 + 1e-6]), True),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.01]), False),
+        (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]), True),
+        (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 0.0]), False),
+        (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64), False),
+        (torch.tensor([1.0]), torch.tensor([[1.0]]), False),
+        (torch.tensor([]), torch.tensor([]), True),
+        (torch.tensor([True]), torch.tensor([False]), False),
+        (("ids", [1, 2]), ("ids", [1, 2]), True),
+        (("ids", [1, 2]), ("text", [1, 2]), False),
+        (1.0, 1, False),
+        (float("nan"), float("nan"), True),
+    ],
+)
+def test_same_results(got, wanted, same):
+    evidence = [Evidence("wrong", 3, 1, value) for value in (got, wanted)]
+    assert diagnosis._is_same(*evidence) is same
+    assert not diagnosis._is_same(Evidence("wrong", 4, 1, got), evidence[1])
+    assert not diagnosis._is_same(Evidence("wrong", 3, 2, got), evidence[1])
+
+
+def test_what_is_no_evidence():
+    for error in (
+        grading.LabUnusable("x"),
+        grading.OutOfTime("x"),
+        NotImplementedError("week1/rope.py: rotary_table is not written yet"),
+    ):
+        assert grading.evidence(error) is None
+    assert grading.evidence(GradedFailure("text", 3)).value == 3
+    assert grading.evidence(IndexError("text")).kind == "IndexError"
+
+
+@pytest.mark.parametrize(
+    ("matches", "kept"),
+    [
+        ([], []),
+        ([["a", "b"]], ["a", "b"]),
+        ([["a", "b"], ["b", "c"]], ["b"]),
+        ([["a"], ["b"]], ["a"]),
+        ([["a", "b"], ["c"], ["b"]], ["b"]),
+    ],
+)
+def test_several_failures_narrow_it_down(matches, kept):
+    assert diagnosis.narrow(matches) == kept
+
+
+@pytest.mark.parametrize("lab", all_labs(), ids=lambda lab: lab.name)
+def test_questions_that_tell_apart_name_rows_of_the_table(lab):
+    table = tomllib.loads(lab.misconceptions.read_text(encoding="utf-8"))
+    ids = {row["id"] for row in table["misconception"]}
+    for row in table.get("apart", []):
+        assert len(row["ids"]) == 2 and set(row["ids"]) <= ids
+        assert "?" in row["ask"]
+        assert mutants.separating_question(lab, row["ids"]) == row["ask"]
+
+
+@pytest.mark.parametrize("week", WEEKS)
+def test_unlisted_solutions_are_judged(week):
+    path = layers.TESTS / week / "unlisted.toml"
+    rows = tomllib.loads(path.read_text(encoding="utf-8"))["solution"]
+    assert len(rows) >= 20
+    for row in rows:
+        assert row.keys() == {"lab", "what", "replace", "with", "says", "verdict"}
+        assert (row["verdict"] == "silent") == (not row["says"])
+        assert not row["verdict"].startswith("UNTRUE")
+    assert {row["lab"] for row in rows} == {f"{week}/{stem}" for stem in WEEKS[week]}
+
+
+def test_the_budget_of_a_run_ends(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_budget", diagnosis._Budget(seconds=0.0))
+    error = GradedFailure("wrong", 1)
+    assert diagnosis.diagnose(lambda: 1 / 0, error, LAB, "test", limit=None) == []
