@@ -41,6 +41,7 @@ TOLERANCE = MappingProxyType(
 _torch_equal = torch.equal
 WIDTH = 78
 MAX_TIMEOUTS = 2
+MAX_STEPS = 6
 
 
 class GradedFailure(AssertionError):
@@ -274,21 +275,39 @@ def describe(value: Any) -> str:
     return textwrap.shorten(repr(value), 60, placeholder=" …")
 
 
+class History:
+    """What a test did to a structure, step by step; the latest steps open its failure message."""
+
+    def __init__(self, start: str):
+        self._start = start
+        self._steps: list[str] = []
+
+    def note(self, operation: str, result: Any) -> Any:
+        """Keep one operation with its result, and return the result."""
+        self._steps.append(f"  {operation} → {describe(result)}")
+        return result
+
+    def __str__(self) -> str:
+        before = len(self._steps) - MAX_STEPS
+        earlier = [f"  … {before} steps before"] if before > 0 else []
+        return "\n".join([self._start, *earlier, *self._steps[-MAX_STEPS:]])
+
+
 def check_close(
     got: Any,
     expected: Tensor,
     *,
     dtype: torch.dtype | None = None,
     tolerance: float | None = None,
-    of: str | None = None,
+    of: object = None,
 ) -> None:
     """Hold a tensor against the oracle's.
 
     dtype: what the result must have; None means the oracle's. tolerance: the largest error as a
     share of the largest value in the same row, None takes it from TOLERANCE by dtype. of: the input
-    in words, None means the latest call of a graded function.
+    in words or a History, None means the latest call of a graded function.
     """
-    what = of or session.last_call
+    what = str(of or session.last_call)
     dtype = dtype or expected.dtype
     _check_form(got, tuple(expected.shape), dtype, what)
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
@@ -368,12 +387,12 @@ def _ranges(indices: list[int]) -> list[str]:
     return [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
 
 
-def check_equal(got: Any, expected: Any, what: str, of: str | None = None) -> None:
+def check_equal(got: Any, expected: Any, what: str, of: object = None) -> None:
     """Hold a plain value (ids, text, a flag, a tensor of integers) against the right one.
 
     what: what the value is, such as "the token ids".
     """
-    context = of or session.last_call
+    context = str(of or session.last_call)
     if isinstance(expected, Tensor):
         _check_form(got, tuple(expected.shape), expected.dtype, context)
         if _torch_equal(got.detach().cpu(), expected.cpu()):
@@ -406,10 +425,10 @@ def _brief(value: Any) -> str:
     return textwrap.shorten(repr(value), 160, placeholder=" …")
 
 
-def check_true(condition: bool | Tensor, what: str, of: str | None = None) -> None:
+def check_true(condition: bool | Tensor, what: str, of: object = None) -> None:
     """Hold a property. what: the property that does not hold, in words, with the values at hand."""
     if not bool(condition):
-        raise GradedFailure(_lines(of or session.last_call, what), what)
+        raise GradedFailure(_lines(str(of or session.last_call), what), what)
 
 
 def check_raises(

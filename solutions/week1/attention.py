@@ -21,7 +21,8 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     # An all −inf slice has the peak −inf, and −inf − (−inf) would be NaN.
     weights = torch.exp(scores - peak.masked_fill(peak == -math.inf, 0.0))
     total = weights.sum(dim, keepdim=True)
-    return (weights / total.masked_fill(total == 0.0, 1.0)).to(x.dtype)
+    # The largest score alone adds 1, so only an all −inf slice, whose weights are 0, is below it.
+    return (weights / total.clamp(min=1.0)).to(x.dtype)
 
 
 def causal_mask(

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
 
-from course.grading import check_close, check_equal, check_raises, check_true, lab
+from course.grading import History, check_close, check_equal, check_raises, check_true, lab
 
 generate_lab = lab("week1/generate")
 
@@ -64,16 +64,16 @@ def told(pieces):
 def check_stream(pieces, strips_space=False):
     """Feed one id a piece; hold the text so far, after every call, against a whole decode."""
     decode = Vocabulary(pieces, strips_space)
-    of = told(pieces) + (", decoded without a leading space" if strips_space else "")
+    of = History(told(pieces) + (", decoded without a leading space" if strips_space else ""))
     detokenizer = generate_lab.IncrementalDetokenizer(Vocabulary(pieces, strips_space))
     text = ""
     for i in range(len(pieces)):
-        text += detokenizer.add(i)
+        text += of.note(f"add({i}), which carries {pieces[i]}", detokenizer.add(i))
         so_far = list(range(i + 1))
         wrong = f"after {i + 1} ids the text is {text!r}, their decode is {decode(so_far)!r}"
         check_true(decode(so_far).startswith(text), wrong, of=of)
         check_true(text.startswith(decode.certain(so_far)), f"something is missing: {wrong}", of=of)
-    text += detokenizer.flush()
+    text += of.note("flush()", detokenizer.flush())
     check_equal(text, decode(list(range(len(pieces)))), "all text joined", of=of)
 
 
@@ -226,16 +226,16 @@ def expected_shown(text, stops):
 
 def check_matcher(pieces, stops):
     """Feed the pieces; hold what was returned, after every call, against trying every end."""
-    of = f"StopMatcher({list(stops)}) fed with {pieces}"
+    of = History(f"StopMatcher({list(stops)})")
     matcher = generate_lab.StopMatcher(stops)
     returned = ""
     for i, piece in enumerate(pieces):
-        returned += matcher.add(piece)
+        returned += of.note(f"add({piece!r})", matcher.add(piece))
         so_far = "".join(pieces[: i + 1])
         what = f"the text returned after {i + 1} pieces"
         check_equal(returned, expected_shown(so_far, stops), what, of=of)
         check_equal(matcher.matched, expected_stop(so_far, stops)[1], "matched", of=of)
-    returned += matcher.flush()
+    returned += of.note("flush()", matcher.flush())
     check_equal(returned, expected_stop("".join(pieces), stops)[0], "all text joined", of=of)
 
 
