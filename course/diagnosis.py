@@ -1,90 +1,187 @@
-"""Recognise the belief behind a wrong result: replay the failing test against the misconceptions.
+"""Recognise the belief behind a wrong result by comparing it with what known misconceptions give.
 
-Each row of tests/weekN/misconceptions/LAB.toml is the reference with one piece of text replaced.
-Where such a mutant fails the same check of the same test at the same step, with the same result as
-the learner's code, the row's belief explains the learner's result, and its question is asked. The
-verdict of the test is settled before and stays.
+Each row of tests/weekN/misconceptions/LAB.toml is the reference with one piece of text replaced. A
+row explains a failing test when its mutant fails the same check at the same step with the same
+result as the learner's code. It is named only when nothing speaks against it:
+
+- its mutant passes every test that the learner passes;
+- where both fail, they fail alike;
+- it explains more failures than any other row;
+- where all that it explains is a flag, a token or a sentence, it explains every failure.
+
+The verdicts of the tests are settled before and stay.
 """
 
 import contextlib
-import importlib
-import math
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from course import grading, layers, mutants
-from course.grading import TOLERANCE, Evidence
+from course import mutants, replay
+from course.evidence import is_same, is_strong
+from course.grading import Evidence
 from course.labs import Lab
 
 SECONDS_PER_TEST = 1.0
 SECONDS_PER_RUN = 10.0
-# Results of the same mistake, made in another order of operations, differ by this much at most.
-SLACK = 4.0
+# A share of the time is kept for the end of the run, when every test has spoken.
+SECONDS_FOR_MATCHING = 6.0
 # More beliefs than this behind one result say nothing; two can be told apart by a question.
 MAX_NAMED = 2
+MAX_CHECKED = 4
+
+Limit = Callable[[float], contextlib.AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class _Test:
+    """A test of the run. evidence: what the learner's code was caught with; None when it passed."""
+
+    name: str
+    run: Callable[[], object]
+    seconds: float
+    evidence: Evidence | None
 
 
 @dataclass
-class _Budget:
-    """What the run in progress has left."""
+class _Case:
+    """What is known of one lab. matches: by name of the misconception, the tests it explains."""
 
-    seconds: float = SECONDS_PER_RUN
-
-
-_budget = _Budget()
-_loaded: dict[str, list[tuple[str, ModuleType]]] = {}
-_references: dict[str, ModuleType] = {}
-_recognised: dict[str, dict[str, None]] = {}
+    tests: list[_Test] = field(default_factory=list)
+    matches: dict[str, set[str]] = field(default_factory=dict)
+    refuted: set[str] = field(default_factory=set)
+    agreed: set[tuple[str, str]] = field(default_factory=set)
 
 
-def diagnose(
-    replay: Callable[[], object],
-    error: BaseException,
-    lab: Lab,
-    test: str,
-    limit: Callable[[float], contextlib.AbstractContextManager],
-) -> list[str]:
-    """Name the misconceptions that give the result of a failed test, in the order of the table.
+class Diagnosis:
+    """Follows one run. limit: stops a block after so many seconds with OutOfTime."""
 
-    replay: runs the test again. test: its name. limit: stops a block after so many seconds with
-    OutOfTime. Takes at most SECONDS_PER_TEST, and SECONDS_PER_RUN in the whole run; what is not
-    tried by then is not named.
-    """
-    wanted = grading.evidence(error)
-    if wanted is None or _budget.seconds <= 0:
-        return []
-    start = time.perf_counter()
-    left = min(SECONDS_PER_TEST, _budget.seconds)
-    found = []
-    try:
-        for name, module in _candidates(lab, test):
-            remaining = left - (time.perf_counter() - start)
-            if remaining <= 0:
+    def __init__(self, limit: Limit):
+        self._limit = limit
+        self._cases: dict[Lab, _Case] = {}
+        self._used = 0.0
+
+    def note_passed(self, lab: Lab, name: str, run: Callable[[], object], seconds: float) -> None:
+        """Remember a test that the learner's code passes."""
+        self._case(lab).tests.append(_Test(name, run, seconds, None))
+
+    def note_failed(
+        self, lab: Lab, name: str, run: Callable[[], object], seconds: float, evidence: Evidence
+    ) -> list[str]:
+        """Name the misconceptions that give the result of a failed test, in the table's order.
+
+        Takes at most SECONDS_PER_TEST. A weak match is not named yet; `conclude` may.
+        """
+        case = self._case(lab)
+        test = _Test(name, run, seconds, evidence)
+        case.tests.append(test)
+        until = min(SECONDS_PER_TEST, SECONDS_FOR_MATCHING - self._used) + time.perf_counter()
+        found = []
+        for mutant in self._likely(lab, name):
+            if time.perf_counter() >= until:
                 break
-            if _is_same(_produced(replay, lab, module, limit(remaining)), wanted):
-                found.append(name)
-    finally:
-        _budget.seconds -= time.perf_counter() - start
-    _recognised.setdefault(lab.name, {}).update(dict.fromkeys(found))
-    return [row["id"] for row in mutants.misconceptions(lab) if row["id"] in found]
+            if mutant not in case.refuted and self._explains(lab, mutant, test, until):
+                found.append(mutant)
+        for mutant in found:
+            self._check(lab, mutant, until)
+        kept = [mutant for mutant in found if mutant not in case.refuted]
+        return _in_order(lab, kept) if is_strong(evidence) else []
+
+    def conclude(self) -> dict[Lab, tuple[list[str], list[str]]]:
+        """Return, for every lab, what is named in the end and what turned out to be wrong."""
+        until = time.perf_counter() + SECONDS_PER_RUN - self._used
+        outcome = {}
+        for lab, case in self._cases.items():
+            if not case.matches:
+                continue
+            ranked = sorted(case.matches, key=lambda mutant: -len(case.matches[mutant]))
+            for mutant in ranked[:MAX_CHECKED]:
+                self._check(lab, mutant, until)
+            outcome[lab] = self._named(lab, ranked[:MAX_CHECKED]), sorted(case.refuted)
+        return outcome
+
+    def _named(self, lab: Lab, ranked: Sequence[str]) -> list[str]:
+        case = self._cases[lab]
+        failures = {test.name for test in case.tests if test.evidence is not None}
+        strong = {t.name for t in case.tests if t.evidence is not None and is_strong(t.evidence)}
+        standing = [
+            mutant
+            for mutant in ranked
+            if mutant not in case.refuted
+            and (case.matches[mutant] & strong or case.matches[mutant] == failures)
+        ]
+        most = max((len(case.matches[mutant]) for mutant in standing), default=0)
+        best = [mutant for mutant in standing if len(case.matches[mutant]) == most]
+        return _in_order(lab, best) if len(best) <= MAX_NAMED else []
+
+    def _case(self, lab: Lab) -> _Case:
+        return self._cases.setdefault(lab, _Case())
+
+    def _likely(self, lab: Lab, test: str) -> list[str]:
+        """List the misconceptions, the likely ones first, since the time may not last for all.
+
+        Likely is what explained an earlier failure, and what this very test was the first to catch
+        when the graders were measured; then what another case of the same function caught.
+        """
+        matches = self._cases[lab].matches
+        caught_by = mutants.read_results(lab.week).get(lab.name, {}).get("killed_by", {})
+
+        def rank(mutant: str) -> tuple[bool, bool, bool]:
+            by = caught_by.get(mutant, "")
+            return mutant not in matches, by != test, by.partition("[")[0] != test.partition("[")[0]
+
+        return sorted(replay.wrong_solutions(lab), key=rank)
+
+    def _explains(self, lab: Lab, mutant: str, test: _Test, until: float) -> bool:
+        """Run a failed test against a mutant; notes and returns whether it fails alike."""
+        try:
+            found = self._outcome(lab, mutant, test, until)
+        except replay.NotKnown:
+            return False
+        if found is None or not is_same(found, test.evidence):
+            return False
+        case = self._cases[lab]
+        case.matches.setdefault(mutant, set()).add(test.name)
+        case.agreed.add((mutant, test.name))
+        return True
+
+    def _check(self, lab: Lab, mutant: str, until: float) -> None:
+        """Hold a mutant against every test that it was not held against yet, cheap ones first."""
+        case = self._cases[lab]
+        for test in sorted(case.tests, key=lambda test: test.seconds):
+            if mutant in case.refuted or time.perf_counter() >= until:
+                return
+            if (mutant, test.name) in case.agreed:
+                continue
+            try:
+                found = self._outcome(lab, mutant, test, until)
+            except replay.NotKnown:
+                continue
+            if found is not None and test.evidence is not None and is_same(found, test.evidence):
+                case.matches.setdefault(mutant, set()).add(test.name)
+            elif found is not None:
+                case.refuted.add(mutant)
+            case.agreed.add((mutant, test.name))
+
+    def _outcome(self, lab: Lab, mutant: str, test: _Test, until: float) -> Evidence | None:
+        start = time.perf_counter()
+        module = replay.wrong_solutions(lab)[mutant]
+        try:
+            return replay.outcome(test.run, lab, module, self._limit(max(0.01, until - start)))
+        finally:
+            self._used += time.perf_counter() - start
 
 
-def narrow(matches: Iterable[Sequence[str]]) -> list[str]:
-    """Keep the beliefs that explain every recognised failure of one lab, in order.
-
-    matches: of each failing test. A failure that contradicts those before it is left out.
-    """
-    kept: list[str] = []
-    for names in matches:
-        common = [name for name in kept if name in names] if kept else list(names)
-        kept = common or kept
-    return kept
+def join(parts: Iterable[Mapping[str, tuple[list[str], list[str]]]]) -> dict[str, list[str]]:
+    """Put together what several processes concluded on their shares of the tests, by lab name."""
+    named: dict[str, list[str]] = {}
+    refuted: dict[str, set[str]] = {}
+    for part in parts:
+        for lab, (names, wrong) in part.items():
+            named.setdefault(lab, []).extend(n for n in names if n not in named.get(lab, []))
+            refuted.setdefault(lab, set()).update(wrong)
+    kept = {lab: [n for n in names if n not in refuted[lab]] for lab, names in named.items()}
+    return {lab: names if len(names) <= MAX_NAMED else [] for lab, names in kept.items()}
 
 
 def words(lab: Lab, names: Sequence[str]) -> str:
@@ -100,107 +197,5 @@ def words(lab: Lab, names: Sequence[str]) -> str:
     return f"Two beliefs give this very result:\n“{first}”\n“{second}”\n{ask}"
 
 
-def _candidates(lab: Lab, test: str) -> list[tuple[str, ModuleType]]:
-    """List the lab's mutants, the likely ones first, since the time may not last for all.
-
-    Likely is what explained an earlier failure, and what this very test was the first to catch when
-    the graders were measured; then what another case of the same test function caught.
-    """
-    if lab.name not in _loaded:
-        pairs = [(mutant.id, _load(mutant)) for mutant in mutants.listed_mutants(lab)]
-        _loaded[lab.name] = [(name, module) for name, module in pairs if module is not None]
-    seen = _recognised.get(lab.name, {})
-    caught_by = mutants.read_results(lab.week).get(lab.name, {}).get("killed_by", {})
-
-    def rank(pair: tuple[str, ModuleType]) -> tuple[bool, bool, bool]:
-        by = caught_by.get(pair[0], "")
-        return pair[0] not in seen, by != test, by.partition("[")[0] != test.partition("[")[0]
-
-    return sorted(_loaded[lab.name], key=rank)
-
-
-def _load(mutant: mutants.Mutant) -> ModuleType | None:
-    module = ModuleType(mutant.lab.module)
-    module.__file__ = str(mutant.lab.solution)
-    with _reference_layer():
-        sys.modules[mutant.lab.module] = module
-        try:
-            exec(compile(mutant.source, f"<{mutant.id}>", "exec"), vars(module))
-        except Exception:
-            return None  # one that cannot be imported explains no result
-        finally:
-            del sys.modules[mutant.lab.module]
-    return module
-
-
-@contextlib.contextmanager
-def _reference_layer() -> Iterator[None]:
-    """Let imports of weekN find the reference, and leave the graded layer as it was."""
-    path = sys.path[:]
-    graded = {name: module for name, module in sys.modules.items() if layers.week_of(name)}
-    layers.forget_labs()
-    sys.modules.update(_references)
-    sys.path[:] = [str(layers.SOLUTIONS), *path]
-    try:
-        yield
-        _references.update({n: m for n, m in sys.modules.items() if layers.week_of(n)})
-    finally:
-        layers.forget_labs()
-        sys.modules.update(graded)
-        sys.path[:] = path
-        importlib.invalidate_caches()
-
-
-def _produced(
-    replay: Callable[[], object],
-    lab: Lab,
-    module: ModuleType,
-    limit: contextlib.AbstractContextManager,
-) -> Evidence | None:
-    """Run the test against a mutant; returns what it was caught with, or None."""
-    with grading.lab(lab.name).replaced_by(module):
-        try:
-            with limit:
-                replay()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            return grading.evidence(error)
-    return None
-
-
-def _is_same(got: Evidence | None, wanted: Evidence) -> bool:
-    if got is None or (got.kind, got.line, got.num_calls) != (
-        wanted.kind,
-        wanted.line,
-        wanted.num_calls,
-    ):
-        return False
-    return _equal(got.value, wanted.value)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        return _equal_tensors(a, b)
-    if isinstance(a, float):
-        return (math.isnan(a) and math.isnan(b)) or math.isclose(a, b, rel_tol=1e-5)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    try:
-        return bool(a == b)
-    except Exception:
-        return False
-
-
-def _equal_tensors(a: Tensor, b: Tensor) -> bool:
-    if (a.shape, a.dtype, a.device.type) != (b.shape, b.dtype, b.device.type):
-        return False
-    if a.device.type == "meta" or not a.is_floating_point():
-        return a.device.type == "meta" or bool((a == b).all())
-    wide, other = a.double(), b.double()
-    same = (wide == other) | (wide.isnan() & other.isnan())
-    peak = float(wide.abs().nan_to_num(0.0, 0.0, 0.0).max()) if a.numel() else 0.0
-    allowed = SLACK * TOLERANCE.get(a.dtype, 1e-6) * peak
-    return bool((same | ((wide - other).abs() <= allowed)).all())
+def _in_order(lab: Lab, names: Sequence[str]) -> list[str]:
+    return [row["id"] for row in mutants.misconceptions(lab) if row["id"] in names]

@@ -47,22 +47,29 @@ MAX_STEPS = 6
 class GradedFailure(AssertionError):
     """A wrong result, told in the learner's terms; shown without a traceback.
 
-    produced: what the lab gave, for comparison with what a known mistake gives.
+    produced: what the lab gave, for comparison with what a known mistake gives; None means the
+    text. expected: the right value, where it is one of the same kind.
     """
 
-    def __init__(self, text: str, produced: Any = None):
+    def __init__(self, text: str, produced: Any = None, expected: Any = None):
         super().__init__(text)
         self.produced = text if produced is None else produced
+        self.expected = expected
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a lab was caught with. line: of the suite. num_calls: of graded functions until then."""
+    """What a lab was caught with.
+
+    kind: "wrong", or the type of the error. line: of the suite. num_calls: of graded functions
+    until then. value: what the lab gave. expected: the right value, or None.
+    """
 
     kind: str
     line: int
     num_calls: int
     value: Any
+    expected: Any = None
 
 
 class LabUnusable(Exception):
@@ -320,7 +327,7 @@ def check_close(
     wrong = ~(same | ((wide - want).abs() <= tolerance * scale))
     if bool(wrong.any()):
         text = _difference(what, wide, want, wrong, tolerance, dtype)
-        raise GradedFailure(text, got.detach().cpu().clone())
+        raise GradedFailure(text, got.detach().cpu().clone(), want)
 
 
 def _check_form(got: Any, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> None:
@@ -403,7 +410,8 @@ def check_equal(got: Any, expected: Any, what: str, of: object = None) -> None:
         count = f"{int(wrong.sum()):,} of {wrong.numel():,} elements differ"
         raise GradedFailure(_lines(context, f"{what}: {line}", count), got.detach().cpu().clone())
     if type(got) is not type(expected) or got != expected:
-        raise GradedFailure(_lines(context, f"{what}: {_unequal(got, expected)}"), (what, got))
+        text = _lines(context, f"{what}: {_unequal(got, expected)}")
+        raise GradedFailure(text, (what, got), expected)
 
 
 def _unequal(got: Any, expected: Any) -> str:
@@ -469,7 +477,7 @@ def evidence(error: BaseException) -> Evidence | None:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_suite(f.filename)]
     line = frames[-1].lineno or 0 if frames else 0
     if isinstance(error, GradedFailure):
-        return Evidence("wrong", line, session.num_calls, error.produced)
+        return Evidence("wrong", line, session.num_calls, error.produced, error.expected)
     return Evidence(type(error).__name__, line, session.num_calls, str(error))
 
 

@@ -106,7 +106,14 @@ def _configure_hypothesis() -> None:
     # The same examples in every run, and no files: a grade depends on the code alone.
     phases = (Phase.explicit, Phase.generate, Phase.shrink)
     settings.register_profile(
-        "course", max_examples=30, deadline=None, derandomize=True, database=None, phases=phases
+        "course",
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=phases,
+        # Two mistakes at once would be told as a group of exceptions.
+        report_multiple_bugs=False,
     )
     settings.load_profile("course")
 
@@ -192,11 +199,11 @@ def _remembered_example(item: pytest.Item) -> Iterator[None]:
 _example: pytest.StashKey[Callable[[], object]] = pytest.StashKey()
 
 
-def _replay(item: pytest.Item) -> Callable[[], object]:
+def _replay(item: pytest.Item, failed: bool) -> Callable[[], object]:
     """Return a call that runs the test once more; of a hypothesis test, its smallest failure."""
     names = item._fixtureinfo.argnames
     once = functools.partial(item.obj, **{name: item.funcargs[name] for name in names})
-    return item.stash.get(_example, once)
+    return item.stash.get(_example, once) if failed else once
 
 
 class _LimitedStream:
@@ -263,24 +270,54 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
             grading.lab(lab.name).note_timeout()
         kind, text = grading.explain(error, lab)
         if kind == "wrong" and call.when == "call":
-            beliefs = _beliefs(item, error, lab)
+            beliefs = _beliefs(item, error, lab, call.duration)
         asked = diagnosis.words(lab, beliefs)
         report.longrepr = grading.render(lab, item.name, text, asked)
         report.sections = [(title, _tail(content)) for title, content in report.sections]
+    if call.when == "call" and report.passed:
+        _diagnosis(item.config).note_passed(lab, item.name, _replay(item, False), call.duration)
     verdict = {"lab": lab.name, "kind": kind, "text": text, "asked": asked, "beliefs": beliefs}
     report.user_properties.append((PROPERTY, verdict))
     return report
 
 
-def _beliefs(item: pytest.Item, error: BaseException, lab: Lab) -> list[str]:
-    if item.config.getoption("--no-diagnosis"):
+def _beliefs(item: pytest.Item, error: BaseException, lab: Lab, seconds: float) -> list[str]:
+    evidence = grading.evidence(error)
+    if evidence is None or item.config.getoption("--no-diagnosis"):
         return []
     try:
-        return diagnosis.diagnose(_replay(item), error, lab, item.name, _TimeLimit)
+        run = _replay(item, True)
+        return _diagnosis(item.config).note_failed(lab, item.name, run, seconds, evidence)
     except Exception as problem:
         # The grade stands; a broken table costs no learner a failure message.
         warnings.warn(f"the diagnosis of {lab.name} failed: {problem!r}", stacklevel=2)
         return []
+
+
+def _diagnosis(config: pytest.Config) -> diagnosis.Diagnosis:
+    return config.stash.setdefault(_current, diagnosis.Diagnosis(_TimeLimit))
+
+
+_current: pytest.StashKey[diagnosis.Diagnosis] = pytest.StashKey()
+# What this process, or with xdist each worker, concluded: lab name → (named, refuted).
+_conclusions: pytest.StashKey[list[dict]] = pytest.StashKey()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    if config.getoption("--no-diagnosis"):
+        return
+    concluded = {lab.name: parts for lab, parts in _diagnosis(config).conclude().items()}
+    if hasattr(config, "workeroutput"):
+        config.workeroutput[PROPERTY] = concluded
+    config.stash.setdefault(_conclusions, []).append(concluded)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error: object) -> None:
+    concluded = getattr(node, "workeroutput", {}).get(PROPERTY, {})
+    node.config.stash.setdefault(_conclusions, []).append(concluded)
 
 
 def _tail(text: str, count: int = 20) -> str:
@@ -301,7 +338,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
     stats = terminalreporter.stats
     failed = stats.get("failed", [])
     shown, whole_lab, hidden = _sort_failures(failed, all_of_them=config.option.verbose > 0)
-    _ask_once(shown, failed)
+    _ask_once(shown, diagnosis.join(config.stash.get(_conclusions, [])))
     if failed:
         stats["failed"] = shown
     result = yield
@@ -319,20 +356,17 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
     return result
 
 
-def _ask_once(shown: list, failed: list) -> None:
-    """Word every lab's diagnosis by all that failed, and ask its question at its first failure."""
-    verdicts = [_verdict(report) for report in failed]
+def _ask_once(shown: list, named: dict[str, list[str]]) -> None:
+    """Word every lab's diagnosis by the whole run, and ask its question at its first failure."""
     asked: set[str] = set()
     for report in shown:
         verdict = _verdict(report)
-        if not verdict.get("beliefs"):
+        if verdict.get("kind") != "wrong":
             continue
         (lab,) = find_labs(verdict["lab"])
-        matches = [v["beliefs"] for v in verdicts if v.get("lab") == lab.name and v["beliefs"]]
-        beliefs = [name for name in diagnosis.narrow(matches) if name in verdict["beliefs"]]
-        words = diagnosis.words(lab, beliefs or verdict["beliefs"])
+        words = diagnosis.words(lab, named.get(lab.name, []))
         if words in asked:
-            words = "The same belief explains this one."
+            words = ""
         asked.add(words)
         test = report.nodeid.rpartition("::")[2]
         report.longrepr = grading.render(lab, test, verdict["text"], words)
@@ -375,7 +409,6 @@ class _Grades:
         self._path = path
         self._is_logged = is_logged
         self._labs: dict[str, dict] = {}
-        self._matches: dict[str, list[list[str]]] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
@@ -404,12 +437,11 @@ class _Grades:
             grade["not_written"] += verdict["kind"] == "not written"
             first = {"test": report.nodeid.rpartition("::")[2], **verdict}
             grade["first"] = grade["first"] or first
-            matches = self._matches.setdefault(verdict["lab"], [])
-            matches.append(verdict["beliefs"])
-            kept = diagnosis.narrow(filter(None, matches))
-            grade["beliefs"] = kept if len(kept) <= diagnosis.MAX_NAMED else []
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        named = diagnosis.join(session.config.stash.get(_conclusions, []))
+        for name, grade in self._labs.items():
+            grade["beliefs"] = named.get(name, [])
         if self._path:
             Path(self._path).write_text(json.dumps(self._labs, indent=1), encoding="utf-8")
         if self._is_logged:

@@ -6,7 +6,7 @@ import tomllib
 import pytest
 import torch
 
-from course import diagnosis, grading, layers, mutants
+from course import diagnosis, evidence, grading, layers, mutants
 from course.grading import Evidence, GradedFailure
 from course.labs import WEEKS, all_labs, find_labs
 
@@ -37,6 +37,13 @@ def test_values():
 def test_any_length(length):
     table = rope.rotary_table(2, length, 10.0)
     check_close(table[:, 0], torch.arange(length).float().cos())
+"""
+
+SUITE_OF_ONE_PAIR = """
+
+def test_one_pair():
+    angles = torch.arange(5.0).unsqueeze(-1)
+    check_close(rope.rotary_table(2, 5, 10.0), torch.cat((angles.cos(), angles.sin()), -1))
 """
 
 TABLE = """
@@ -106,7 +113,28 @@ def test_two_beliefs_are_told_apart_by_a_question(graded):
     assert grade["failed"] == 2  # the property test has its own smallest example
     assert output.count("Which of the two is it?") == 1
     assert "What is sin 0?" not in output
-    assert output.count("The same belief explains this one.") == 1
+
+
+def test_a_belief_whose_mutant_fails_what_the_learner_passes_is_not_named(tree, graded):
+    tree.write("tests/week1/test_rope.py", SUITE + SUITE_OF_ONE_PAIR)
+    # Wrong for four dimensions as the misconception is, and right for two.
+    learner = "(theta**exponents if head_dim > 2 else theta**-exponents)"
+    wide = "theta**(exponents if head_dim > 2 else exponents + 1)"
+    table = TABLE.replace('with = "theta**exponents"', f'with = "{wide}"')
+    tree.write("tests/week1/misconceptions/rope.toml", table)
+    output, grade = graded("theta**-exponents", learner)
+    assert grade["failed"] == 1 and grade["beliefs"] == []
+    assert "Which pair is the fastest?" not in output
+
+
+def test_a_belief_that_fails_differently_elsewhere_is_not_named(tree, graded):
+    tree.write("tests/week1/test_rope.py", SUITE + SUITE_OF_ONE_PAIR)
+    learner = "theta**(exponents if head_dim > 2 else exponents + 2)"
+    wide = "theta**(exponents if head_dim > 2 else exponents + 1)"
+    table = TABLE.replace('with = "theta**exponents"', f'with = "{wide}"')
+    tree.write("tests/week1/misconceptions/rope.toml", table)
+    _, grade = graded("theta**-exponents", learner)
+    assert grade["failed"] >= 2 and grade["beliefs"] == []
 
 
 def test_an_unknown_mistake_is_met_with_silence(graded):
@@ -136,28 +164,55 @@ def test_a_broken_table_costs_no_message(tree, graded):
     assert "the diagnosis of week1/rope failed" in output
 
 
+RIGHT = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+WRONG = torch.tensor([2.0, 4.0, 6.0, 8.0, 10.0])
+
+
 @pytest.mark.parametrize(
-    ("got", "wanted", "same"),
+    ("got", "wanted", "expected", "same"),
     [
-        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0 + 1e-6]), True),
-        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.01]), False),
-        (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]), True),
-        (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 0.0]), False),
-        (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64), False),
-        (torch.tensor([1.0]), torch.tensor([[1.0]]), False),
-        (torch.tensor([]), torch.tensor([]), True),
-        (torch.tensor([True]), torch.tensor([False]), False),
-        (("ids", [1, 2]), ("ids", [1, 2]), True),
-        (("ids", [1, 2]), ("text", [1, 2]), False),
-        (1.0, 1, False),
-        (float("nan"), float("nan"), True),
+        (WRONG, WRONG + 1e-5, RIGHT, True),
+        (WRONG, WRONG + 0.5, RIGHT, False),
+        # As near as two roundings of one number, and farther apart than from the right one.
+        (RIGHT + 1e-3, RIGHT - 1e-3, RIGHT, False),
+        (RIGHT + 1e-3, RIGHT + 1e-3, RIGHT, True),
+        (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]), None, True),
+        (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 0.0]), None, False),
+        (torch.tensor([1.0, torch.inf]), torch.tensor([1.0, -torch.inf]), None, False),
+        (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64), None, False),
+        (torch.tensor([1.0]), torch.tensor([[1.0]]), None, False),
+        (torch.tensor([]), torch.tensor([]), None, True),
+        (torch.tensor([True]), torch.tensor([False]), None, False),
+        (("ids", [1, 2]), ("ids", [1, 2]), [1], True),
+        (("ids", [1, 2]), ("text", [1, 2]), [1], False),
+        (1.0, 1, None, False),
+        (float("nan"), float("nan"), None, True),
     ],
 )
-def test_same_results(got, wanted, same):
-    evidence = [Evidence("wrong", 3, 1, value) for value in (got, wanted)]
-    assert diagnosis._is_same(*evidence) is same
-    assert not diagnosis._is_same(Evidence("wrong", 4, 1, got), evidence[1])
-    assert not diagnosis._is_same(Evidence("wrong", 3, 2, got), evidence[1])
+def test_same_results(got, wanted, expected, same):
+    found, wish = (Evidence("wrong", 3, 1, value, expected) for value in (got, wanted))
+    assert evidence.is_same(found, wish) is same
+    assert not evidence.is_same(Evidence("wrong", 4, 1, got, expected), wish)
+    assert not evidence.is_same(Evidence("wrong", 3, 2, got, expected), wish)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "strong"),
+    [
+        (WRONG, RIGHT, True),
+        (WRONG[:2], RIGHT[:2], False),
+        (torch.full((5,), torch.nan), RIGHT, False),
+        (torch.cat((RIGHT[:4], torch.tensor([9.0]))), RIGHT, False),
+        (torch.arange(9), torch.arange(9) + 1, False),
+        (("the token", 7), 8, False),
+        (("the ids", list(range(9))), list(range(8)), True),
+        (("the ids", [1]), [], False),
+        ("one seed for both", None, False),
+        (True, None, False),
+    ],
+)
+def test_how_much_a_result_says(value, expected, strong):
+    assert evidence.is_strong(Evidence("wrong", 1, 1, value, expected)) is strong
 
 
 def test_what_is_no_evidence():
@@ -172,17 +227,17 @@ def test_what_is_no_evidence():
 
 
 @pytest.mark.parametrize(
-    ("matches", "kept"),
+    ("parts", "named"),
     [
-        ([], []),
-        ([["a", "b"]], ["a", "b"]),
-        ([["a", "b"], ["b", "c"]], ["b"]),
-        ([["a"], ["b"]], ["a"]),
-        ([["a", "b"], ["c"], ["b"]], ["b"]),
+        ([], {}),
+        ([{ROPE: (["a"], [])}, {ROPE: ([], [])}], {ROPE: ["a"]}),
+        ([{ROPE: (["a"], [])}, {ROPE: ([], ["a"])}], {ROPE: []}),
+        ([{ROPE: (["a", "b"], [])}, {ROPE: (["b"], ["a"])}], {ROPE: ["b"]}),
+        ([{ROPE: (["a"], [])}, {ROPE: (["b", "c"], [])}], {ROPE: []}),
     ],
 )
-def test_several_failures_narrow_it_down(matches, kept):
-    assert diagnosis.narrow(matches) == kept
+def test_workers_put_together_what_they_saw(parts, named):
+    assert diagnosis.join(parts) == named
 
 
 @pytest.mark.parametrize("lab", all_labs(), ids=lambda lab: lab.name)
@@ -205,9 +260,3 @@ def test_unlisted_solutions_are_judged(week):
         assert (row["verdict"] == "silent") == (not row["says"])
         assert not row["verdict"].startswith("UNTRUE")
     assert {row["lab"] for row in rows} == {f"{week}/{stem}" for stem in WEEKS[week]}
-
-
-def test_the_budget_of_a_run_ends(monkeypatch):
-    monkeypatch.setattr(diagnosis, "_budget", diagnosis._Budget(seconds=0.0))
-    error = GradedFailure("wrong", 1)
-    assert diagnosis.diagnose(lambda: 1 / 0, error, LAB, "test", limit=None) == []

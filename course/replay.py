@@ -1,0 +1,83 @@
+"""Run a graded test once more, with a known wrong solution in the place of the learner's lab."""
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+from course import grading, layers, mutants
+from course.grading import Evidence, OutOfTime
+from course.labs import Lab
+
+_references: dict[str, ModuleType] = {}
+
+
+class NotKnown(Exception):
+    """A replay that ran out of time or ended in something that cannot be compared."""
+
+
+@functools.cache
+def wrong_solutions(lab: Lab) -> dict[str, ModuleType]:
+    """Load the lab's misconceptions as modules; what they import is the reference."""
+    loaded = {mutant.id: _load(mutant) for mutant in mutants.listed_mutants(lab)}
+    return {name: module for name, module in loaded.items() if module is not None}
+
+
+def outcome(
+    test: Callable[[], object],
+    lab: Lab,
+    module: ModuleType,
+    limit: contextlib.AbstractContextManager,
+) -> Evidence | None:
+    """Run a test against a module; returns what it was caught with, or None when it passes.
+
+    limit: stops the block with OutOfTime. Raises NotKnown.
+    """
+    with grading.lab(lab.name).replaced_by(module):
+        try:
+            with limit:
+                test()
+            return None
+        except KeyboardInterrupt:
+            raise
+        except OutOfTime:
+            raise NotKnown from None
+        except BaseException as error:
+            found = grading.evidence(error)
+    if found is None:
+        raise NotKnown
+    return found
+
+
+def _load(mutant: mutants.Mutant) -> ModuleType | None:
+    module = ModuleType(mutant.lab.module)
+    module.__file__ = str(mutant.lab.solution)
+    with _reference_layer():
+        sys.modules[mutant.lab.module] = module
+        try:
+            exec(compile(mutant.source, f"<{mutant.id}>", "exec"), vars(module))
+        except Exception:
+            return None  # one that cannot be imported explains no result
+        finally:
+            del sys.modules[mutant.lab.module]
+    return module
+
+
+@contextlib.contextmanager
+def _reference_layer() -> Iterator[None]:
+    """Let imports of weekN find the reference, and leave the graded layer as it was."""
+    path = sys.path[:]
+    graded = {name: module for name, module in sys.modules.items() if layers.week_of(name)}
+    layers.forget_labs()
+    sys.modules.update(_references)
+    sys.path[:] = [str(layers.SOLUTIONS), *path]
+    try:
+        yield
+        _references.update({n: m for n, m in sys.modules.items() if layers.week_of(n)})
+    finally:
+        layers.forget_labs()
+        sys.modules.update(graded)
+        sys.path[:] = path
+        importlib.invalidate_caches()
