@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("lab", help="such as week1/generate")
     bench.add_argument("--runs", type=int, default=5, metavar="N", help="the median of N runs")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
+    site = word("site", _site, "build the book as a site in site/", "--serve")
+    site.add_argument("--serve", action="store_true", help="show it, and follow what is edited")
     model = word("model", _model, "make the default model ready, or check it", "fetch")
     model.add_argument("action", choices=("fetch", "check"))
     stubs = word("stubs", _stubs, "write code/ from solutions/", "--check")
@@ -203,6 +205,12 @@ def _bench(options: argparse.Namespace) -> int:
     from course import bench
 
     return bench.bench(_one_lab(options.lab), options.runs, as_json=options.json)
+
+
+def _site(options: argparse.Namespace) -> int:
+    from course import site
+
+    return site.build(options.serve)
 
 
 def _model(options: argparse.Namespace) -> int:

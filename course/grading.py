@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import math
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -372,18 +373,25 @@ def _difference(
 
 def _where(wrong: Tensor) -> list[str]:
     """Say along which axes the differences keep to some of the indices, in at most two lines."""
-    lines = []
-    for axis, length in enumerate(wrong.shape):
+    hits = []
+    for axis in range(wrong.dim()):
         others = [other for other in range(wrong.dim()) if other != axis]
-        hit = wrong.any(dim=others) if others else wrong
+        hits.append(wrong.any(dim=others) if others else wrong)
+    # Scattered differences, such as those of a rounding, keep to some indices by chance.
+    if int(wrong.sum()) < 0.5 * math.prod(int(hit.sum()) for hit in hits):
+        return []
+    lines = []
+    for axis, hit in enumerate(hits):
+        length = len(hit)
         bad, good = (flags.nonzero().flatten().tolist() for flags in (hit, ~hit))
-        if not good:
-            continue
         few = good if len(good) <= len(bad) else bad
-        ranges = " and ".join(_ranges(few))
-        text = f"{ranges} is right" if few is good else f"all differences are at {ranges}"
-        if len(_ranges(few)) <= 3:
-            lines.append(f"along axis {axis} (length {length}), {text}")
+        ranges = _ranges(few)
+        if not good or len(ranges) > 3:
+            continue
+        places = " and ".join(filter(None, (", ".join(ranges[:-1]), ranges[-1])))
+        verb = "is" if len(few) == 1 else "are"
+        text = f"{places} {verb} right" if few is good else f"all differences are at {places}"
+        lines.append(f"along axis {axis} (length {length}), {text}")
     return lines[:2]
 
 

@@ -20,10 +20,10 @@ CONTEXT = 3
 def hint(lab: Lab, name: str | None) -> int:
     """Show the next hint of a lab, or of one name that the learner writes.
 
-    Rungs are counted for each name. Without a name, it is the first one in the note's order that
-    has an unseen hint. Until the lab is graded again, the same hint is shown, without a name the
-    lab's latest one. Returns 1 when every hint has been seen. Raises ValueError for a name that the
-    lab does not grade.
+    Rungs are counted for each name. Without a name, it is the one that the latest graded run
+    stumbled over, else the first in the note's order that has an unseen hint. Until the lab is
+    graded again, the same hint is shown, without a name the lab's latest one. Returns 1 when every
+    hint has been seen. Raises ValueError for a name that the lab does not grade.
     """
     note = notes.read(lab)
     graded = stubs.graded_names(lab)
@@ -67,6 +67,8 @@ def _next(note: Note, events: list[dict], name: str | None) -> tuple[Hint, int] 
     seen = {(event["name"], event["rung"]) for event in events if event["kind"] == "hint"}
     # Hints of a name that stand apart in the note still belong together.
     order = list(dict.fromkeys(hint.name for hint in note.hints))
+    runs = [event for event in events if event["kind"] == "run"]
+    order.sort(key=lambda owner: not runs or owner != runs[-1]["at"])
     rungs = sorted(_rungs(note).items(), key=lambda item: order.index(item[0][0]))
     for (owner, rung), found in rungs:
         if name in (None, owner) and (owner, rung) not in seen:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -259,6 +260,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     # Else hypothesis writes its example as a patch for the suite, which is not the learner's.
     vars(item).pop("_hypothesis_failing_examples", None)
     error = call.excinfo.value if call.excinfo else None  # pytest replaces some of them below
+    # pytest's own wording parses the suite anew for every failure, and is replaced below.
+    item.repr_failure = lambda *_, **__: ""
     report = yield
     kind, text, asked, beliefs = "", "", "", []
     if report.skipped and error is not None and grading.learner_frame(error):
@@ -397,7 +400,10 @@ def _sort_failures(reports: list, all_of_them: bool) -> tuple[list, dict, dict]:
 
 def _unwritten_line(name: str, texts: list[str]) -> str:
     """Join stubs' messages, "week1/rope.py: NAME is not written yet → NOTE", into one line."""
-    names = dict.fromkeys(text.partition(": ")[2].partition(" is not")[0] for text in texts)
+    found = {text.partition(": ")[2].partition(" is not")[0] for text in texts}
+    (lab,) = find_labs(name)
+    order = stubs.graded_names(lab)
+    names = sorted(found, key=lambda found_name: order.index(found_name.partition(".")[0]))
     note = texts[0].partition("→")[2].strip()
     return f"{name}.py: not written yet: {', '.join(names)} → {note}"
 
@@ -453,8 +459,14 @@ class _Grades:
         ran = grade["passed"] + grade["failed"]
         if not ran or not lab.code.is_file() or stubs.is_untouched(lab):
             return
-        seconds = grade["seconds"]
-        progress.append_run(lab, passed=grade["passed"], total=ran, seconds=seconds)
+        seconds, at = grade["seconds"], _stuck_at(lab, grade["first"])
+        progress.append_run(lab, passed=grade["passed"], total=ran, seconds=seconds, at=at)
+
+
+def _stuck_at(lab: Lab, first: dict | None) -> str:
+    """Return the graded name that a lab's first failure speaks of first; "" where it is none."""
+    words = re.findall(r"\w+", first["text"]) if first else []
+    return next((word for word in words if word in stubs.graded_names(lab)), "")
 
 
 @pytest.hookimpl(trylast=True)

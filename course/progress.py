@@ -3,7 +3,8 @@
 The log is the only thing kept; the tracker and the reports are derived from it and from a fresh
 grade. Fields of every event: `time` (UTC, ISO 8601), `kind`, `lab`. Kinds and their own fields:
 
-run      passed, total: tests. hash: of the learner's file. seconds: in tests. hints: seen so far.
+run      passed, total: tests. hash: of the learner's file. seconds: in tests. hints: seen so
+         far. at: the name of what the first failure speaks of.
 predict  id, answer, confidence: 1 to 5. late: given after the lab was green.
 hint     name: of the function or class. rung: counted from 1.
 reveal   delegated: whether the lab was not green.
@@ -26,7 +27,10 @@ MAX_SHOWN = 100
 _LOCK = ROOT / ".course" / "progress.lock"
 _NUMBER = (int, float)
 _FIELDS = {
-    "run": {"passed": int, "total": int, "hash": str, "seconds": _NUMBER, "hints": int},
+    "run": {
+        **{"passed": int, "total": int, "hash": str, "seconds": _NUMBER, "hints": int},
+        "at": str,
+    },
     "predict": {"id": str, "answer": _NUMBER, "confidence": int},
     "hint": {"name": str, "rung": int},
     "reveal": {"delegated": bool},
@@ -49,11 +53,12 @@ def append(kind: str, lab: Lab, **fields: object) -> None:
             log.write(f"{gap}{json.dumps(event, ensure_ascii=False)}\n")
 
 
-def append_run(lab: Lab, passed: int, total: int, seconds: float) -> None:
+def append_run(lab: Lab, passed: int, total: int, seconds: float, at: str) -> None:
     """Note a graded run of the lab as its file is now."""
     digest = hashlib.sha256(lab.code.read_bytes()).hexdigest()[:16]
     hints = len(of(read()[0], lab, "hint"))
-    append("run", lab, passed=passed, total=total, hash=digest, seconds=seconds, hints=hints)
+    fields = {"passed": passed, "total": total, "hash": digest, "seconds": seconds}
+    append("run", lab, **fields, hints=hints, at=at)
 
 
 def read() -> tuple[list[dict], list[str]]:

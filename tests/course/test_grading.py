@@ -80,6 +80,12 @@ def test_what_a_learner_s_tensor_can_fool_is_not_asked():
             torch.tensor([0, 1, 1, 0, 0, 0, 0, 1]).bool(),
             ["along axis 0 (length 8), all differences are at 1–2 and 7"],
         ),
+        (
+            torch.tensor([1, 0, 1, 0, 1, 1]).bool(),
+            ["along axis 0 (length 6), 1 and 3 are right"],
+        ),
+        # One difference in a row of nine is no matter of rows.
+        (torch.eye(9).bool()[:4], []),
         (torch.tensor([0, 1] * 8).bool(), []),
     ],
 )

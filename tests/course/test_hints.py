@@ -92,8 +92,11 @@ def log(tree, kind: str, lab: str = LAB, **fields) -> None:
     tree.write(file, before + json.dumps(event) + "\n")
 
 
-def log_run(tree, hash: str = "a", passed: int = 0, total: int = 9, lab: str = LAB) -> None:
-    log(tree, "run", lab, passed=passed, total=total, hash=hash, seconds=0.1, hints=0)
+def log_run(
+    tree, hash: str = "a", passed: int = 0, total: int = 9, lab: str = LAB, at: str = ""
+) -> None:
+    fields = {"passed": passed, "total": total, "hash": hash, "seconds": 0.1, "hints": 0}
+    log(tree, "run", lab, **fields, at=at)
 
 
 def events(tree, kind: str) -> list[dict]:
@@ -160,6 +163,14 @@ def test_the_ladder_is_climbed_by_attempts(course):
     shown = first.stdout + again.stdout + second.stdout
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert not re.search(r"[Hh]int \d|\d of \d|remain|left", shown)
+
+
+def test_without_a_name_it_is_where_the_latest_run_got_stuck(course):
+    log_run(course, at="rotary_table")
+    log_run(course, at="apply_rotary")
+    assert "Stay in the plane." in course.run("course", "hint", LAB).stdout
+    log_run(course, at="")
+    assert "theta = 100" in course.run("course", "hint", LAB).stdout
 
 
 def test_each_name_has_a_ladder_of_its_own(course):

@@ -63,9 +63,9 @@ def test_a_run_is_known_by_the_content_of_the_file(clone):
     ROPE.code.parent.mkdir(parents=True)
     for text in ("one", "two", "one"):
         ROPE.code.write_text(text)
-        progress.append_run(ROPE, passed=1, total=3, seconds=0.5)
+        progress.append_run(ROPE, passed=1, total=3, seconds=0.5, at="rotary_table")
     progress.append("hint", ROPE, name="apply_rotary", rung=1)
-    progress.append_run(ROPE, passed=3, total=3, seconds=0.5)
+    progress.append_run(ROPE, passed=3, total=3, seconds=0.5, at="")
     runs = progress.of(progress.read()[0], ROPE, "run")
     hashes = [run["hash"] for run in runs]
     assert hashes[0] == hashes[2] == hashes[3] != hashes[1]
@@ -126,8 +126,26 @@ def test_a_line_that_was_cut_off_does_not_swallow_the_next(clone):
         {**HINT, "time": "yesterday"},
         {**HINT, "time": "2026-03-01T10:00:00"},
         {**HINT, "time": "0001-01-01T00:00:00+14:00"},
-        {**HINT, "kind": "run", "passed": 4, "total": 3, "hash": "a", "seconds": 1, "hints": 0},
-        {**HINT, "kind": "run", "passed": -1, "total": 3, "hash": "a", "seconds": 1, "hints": 0},
+        {
+            **HINT,
+            "kind": "run",
+            "passed": 4,
+            "total": 3,
+            "hash": "a",
+            "seconds": 1,
+            "hints": 0,
+            "at": "",
+        },
+        {
+            **HINT,
+            "kind": "run",
+            "passed": -1,
+            "total": 3,
+            "hash": "a",
+            "seconds": 1,
+            "hints": 0,
+            "at": "",
+        },
         {**HINT, "kind": "predict", "id": "a", "answer": float("nan"), "confidence": 3},
         {**HINT, "kind": "predict", "id": "a", "answer": 10**400, "confidence": 3},
         {**HINT, "kind": "predict", "id": "a", "answer": 1, "confidence": 6},
@@ -173,3 +191,45 @@ def test_events_come_in_the_order_of_their_times(clone):
         ("b", "2026-03-01T10:00:00+00:00"),
         ("c", "2099-01-01T00:00:00+00:00"),
     ]
+
+
+SUITE = """
+from course.grading import check_equal, lab
+
+rope = lab("week1/rope")
+
+
+def test_table():
+    check_equal(rope.rotary_table(2), 4, "the table")
+
+
+def test_rotation():
+    check_equal(rope.apply_rotary(2), 4, "the rotation")
+"""
+
+
+def logged(tree) -> list[dict]:
+    files = sorted(tree.root.glob("progress/log/*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_graded_runs_are_noted_once_each(tree):
+    tree.write("tests/week1/test_rope.py", SUITE)
+    path = f"code/{ROPE.name}.py"
+    tree.pytest(path)
+    assert logged(tree) == []  # an untouched stub is no attempt
+    tree.write(path, "def rotary_table(x): return 4\ndef apply_rotary(x): return x\n")
+    tree.pytest(path)
+    tree.pytest(path, "--no-log")
+    tree.run("course", "status")
+    (event,) = logged(tree)
+    expected = {"kind": "run", "lab": ROPE.name, "passed": 1, "total": 2, "hints": 0}
+    assert event.items() >= expected.items() and event["at"] == "apply_rotary"
+    tree.pytest(path, "-n", "2")
+    tree.pytest(path, "-k", "table")
+    assert [(e["passed"], e["total"], e["at"]) for e in logged(tree)[1:]] == [
+        (1, 2, "apply_rotary"),
+        (1, 1, ""),
+    ]
+    assert tree.pytest(f"solutions/{ROPE.name}.py", "-k", "table").returncode == 1
+    assert len(logged(tree)) == 3  # the reference's runs are nobody's progress

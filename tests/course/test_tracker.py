@@ -40,7 +40,7 @@ def at(minute: float, kind: str, lab: Lab = ROPE, **fields) -> dict:
 
 def run(minute: float, passed: int, total: int = 30, hash: str = "", lab: Lab = ROPE) -> dict:
     fields = {"passed": passed, "total": total, "hash": hash or f"file-{minute}"}
-    return at(minute, "run", lab, **fields, seconds=1.0, hints=0)
+    return at(minute, "run", lab, **fields, seconds=1.0, hints=0, at="")
 
 
 def hint(minute: float, lab: Lab = ROPE) -> dict:
