@@ -91,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("lab", help="such as week1/generate")
     bench.add_argument("--runs", type=int, default=5, metavar="N", help="the median of N runs")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
+    lint = word(
+        "lint-transcript",
+        _lint_transcript,
+        "look for given-away answers in a tutor's session",
+        "session.md",
+    )
+    lint.add_argument("file", help="Markdown with ## Tutor and ## Learner turns")
+    lint.add_argument("--json", action="store_true", help="print one JSON object")
     site = word("site", _site, "build the book as a site in site/", "--serve")
     site.add_argument("--serve", action="store_true", help="show it, and follow what is edited")
     model = word("model", _model, "make the default model ready, or check it", "fetch")
@@ -205,6 +213,14 @@ def _bench(options: argparse.Namespace) -> int:
     from course import bench
 
     return bench.bench(_one_lab(options.lab), options.runs, as_json=options.json)
+
+
+def _lint_transcript(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from course import transcripts
+
+    return transcripts.lint(Path(options.file), as_json=options.json)
 
 
 def _site(options: argparse.Namespace) -> int:

@@ -448,6 +448,9 @@ class _Grades:
         named = diagnosis.join(session.config.stash.get(_conclusions, []))
         for name, grade in self._labs.items():
             grade["beliefs"] = named.get(name, [])
+            if grade["first"] and grade["first"]["kind"] == "wrong":
+                (lab,) = find_labs(name)
+                grade["first"]["asked"] = diagnosis.words(lab, grade["beliefs"])
         if self._path:
             Path(self._path).write_text(json.dumps(self._labs, indent=1), encoding="utf-8")
         if self._is_logged:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from course import files, mutants
+from course import files, mutants, transcripts
 from course.labs import ROOT, WEEKS, Lab, all_labs
 
 PAGE = ROOT / "tests" / "QUALITY.md"
@@ -74,7 +74,8 @@ def page() -> str:
         for name, row in rows.items():
             cells = " | ".join(_cell(row[column]) for column in _COLUMNS)
             parts[-1] += f"\n| {name} | {cells} |"
-    return "\n".join(parts) + "\n"
+    parts.append(f"## The tutor's linter\n\n{transcripts.confusion_table()}")
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 def week_page(week: str) -> Path:
