@@ -1,0 +1,358 @@
+"""Draw the figures of the notes: `python -m course.figures` writes sessions/figures/*.svg.
+
+What a figure of week 1 shows is computed by the reference, never drawn by hand. A test compares the
+committed files with what is drawn now.
+"""
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from course import files, layers
+from course.labs import ROOT
+
+FOLDER = ROOT / "sessions" / "figures"
+INK, GREY, PALE = "#263238", "#78909c", "#eceff1"
+# Told apart by colour-blind readers, and dark enough for white text on them.
+COLOURS = ("#0072b2", "#d55e00", "#008060", "#7b3294")
+_STYLE = {
+    "svg.hashsalt": "socratic-serving",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GREY,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "white",  # a card of its own: dark pages stay readable
+}
+
+
+def causal_mask() -> Figure:
+    """Show which keys the queries of a whole sequence, and of its last three tokens, may see."""
+    from week1.attention import causal_mask
+
+    num_keys = 8
+    figure, axes = pyplot.subplots(
+        2, 1, figsize=(4.2, 6.6), height_ratios=(num_keys, 3.4), layout="constrained"
+    )
+    for ax, num_queries in zip(axes, (num_keys, 3), strict=True):
+        allowed = causal_mask(num_queries, num_keys)
+        first = num_keys - num_queries
+        ax.imshow(allowed, cmap=ListedColormap([PALE, COLOURS[0]]), vmin=0, vmax=1)
+        ax.set_title(f"causal_mask({num_queries}, {num_keys})", fontsize=12)
+        ax.set_xticks(range(num_keys))
+        ax.set_yticks(range(num_queries), range(first, num_keys))
+        ax.set_xlabel("token of the key")
+        ax.set_ylabel("token of the query")
+        _grid(ax, num_queries, num_keys)
+    return figure
+
+
+def rotary() -> Figure:
+    """Turn the point (1, 0) of each pair to eight positions."""
+    from week1.rope import apply_rotary, rotary_table
+
+    head_dim, theta, num_positions = 8, 100.0, 8
+    half = head_dim // 2
+    x = torch.zeros(1, num_positions, head_dim)
+    x[..., :half] = 1.0
+    table = rotary_table(head_dim, num_positions, theta)
+    turned = apply_rotary(x, torch.arange(num_positions), table)[0]
+    figure, axes = pyplot.subplots(2, half // 2, figsize=(5, 5), layout="constrained")
+    for pair, ax in enumerate(axes.flat):
+        ax.add_patch(pyplot.Circle((0, 0), 1, fill=False, color=GREY, lw=0.8))
+        for position, (a, b) in enumerate(turned[:, [pair, pair + half]].tolist()):
+            ax.plot([0, a], [0, b], color=COLOURS[0], alpha=0.2 + 0.1 * position, lw=2)
+            # Where the slow pairs' positions lie on each other, only the ends are named.
+            if pair < 2 or position in (0, num_positions - 1):
+                ax.text(1.22 * a, 1.22 * b, str(position), ha="center", va="center", fontsize=10)
+        ax.set_title(f"dimensions {pair} and {pair + half}", fontsize=11)
+        ax.set(xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), aspect="equal")
+        ax.axis("off")
+    return figure
+
+
+def head_groups() -> Figure:
+    """Let every query head return the number of the key/value head that it reads."""
+    from week1.gqa import grouped_attention
+
+    num_heads = 8
+    figure, axes = pyplot.subplots(3, 1, figsize=(5, 5.4), layout="constrained")
+    for ax, num_kv_heads in zip(axes, (8, 2, 1), strict=True):
+        v = torch.arange(float(num_kv_heads)).reshape(-1, 1, 1)
+        q = torch.zeros(num_heads, 1, 1)
+        read = grouped_attention(q, torch.zeros_like(v), v).flatten().int().tolist()
+        centres = [(i + 0.5) * num_heads / num_kv_heads - 0.5 for i in range(num_kv_heads)]
+        for head, kv_head in enumerate(read):
+            colour = COLOURS[kv_head % len(COLOURS)]
+            ax.plot([head, centres[kv_head]], [1, 0], color=colour, lw=1.5, zorder=1)
+            _node(ax, head, 1, head, colour)
+        for kv_head, centre in enumerate(centres):
+            _node(ax, centre, 0, kv_head, COLOURS[kv_head % len(COLOURS)])
+        ax.text(-0.9, 1, "query heads", ha="right", va="center", fontsize=10)
+        ax.text(-0.9, 0, "key/value heads", ha="right", va="center", fontsize=10)
+        ax.set(xlim=(-4.2, 7.6), ylim=(-0.4, 1.4))
+        ax.axis("off")
+    return figure
+
+
+def sampling_filters() -> Figure:
+    """Filter one distribution in four ways; what is taken away stays as an outline."""
+    from week1.sampling import token_probabilities
+
+    before = torch.tensor([[0.34, 0.22, 0.15, 0.1, 0.08, 0.05, 0.04, 0.02]])
+    settings = (
+        ("temperature 0.5", (0.5, 0, 1.0, 0.0)),
+        ("top_k 3", (1.0, 3, 1.0, 0.0)),
+        ("top_p 0.75", (1.0, 0, 0.75, 0.0)),
+        ("min_p 0.2", (1.0, 0, 1.0, 0.2)),
+    )
+    figure, axes = pyplot.subplots(2, 2, figsize=(5.6, 4.4), sharey=True, layout="constrained")
+    for ax, (title, values) in zip(axes.flat, settings, strict=True):
+        columns = [torch.tensor([value]) for value in values]
+        after = token_probabilities(before.log(), *columns)[0]
+        tokens = range(before.shape[-1])
+        ax.bar(tokens, after, color=COLOURS[0], width=0.8)
+        ax.bar(tokens, before[0], fill=False, edgecolor=COLOURS[1], width=0.8, lw=1.3)
+        ax.set_title(title, fontsize=12)
+        ax.set_xticks([])
+    figure.supylabel("probability", fontsize=11)
+    figure.supxlabel("tokens, the most likely one first", fontsize=11)
+    return figure
+
+
+def detokenizer() -> Figure:
+    """Follow ids that carry a few bytes each until their text may be shown."""
+    from week1.generate import IncrementalDetokenizer
+
+    # "café €→!", in characters that every font has.
+    pieces = [b"caf", b"\xc3", b"\xa9 ", b"\xe2\x82", b"\xac\xe2", b"\x86\x92", b"!"]
+
+    def decode(ids: list[int]) -> str:
+        return b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
+
+    stream = IncrementalDetokenizer(decode)
+    figure, ax = pyplot.subplots(figsize=(5.4, 4.2), layout="constrained")
+    for i, piece in enumerate(pieces):
+        shown = stream.add(i)
+        ax.text(-0.6, -i, f"id {i}", ha="right", va="center", color=GREY)
+        _cell(ax, 0, -i, " ".join(f"{byte:02x}" for byte in piece), PALE, INK)
+        _cell(ax, 1, -i, decode(list(range(i + 1))), "white", INK)
+        _cell(ax, 2, -i, shown.replace(" ", "␣"), COLOURS[2] if shown else PALE, "white")
+    for column, name in enumerate(("its bytes", "decode(all ids)", "add returns")):
+        ax.text(column, 0.8, name, ha="center", va="center")
+    ax.set(xlim=(-1.1, 2.5), ylim=(0.5 - len(pieces), 1.1))
+    ax.axis("off")
+    return figure
+
+
+def cache_growth() -> Figure:
+    """Add up the keys and values of a sequence, for as many key/value heads as there may be."""
+    from week1.gqa import Attention
+
+    num_layers, hidden_size, num_heads, head_dim, num_bytes = 28, 3584, 28, 128, 2
+    lengths = torch.arange(0, 32769, 4096)
+    figure, ax = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    for colour, num_kv_heads in zip(COLOURS, (28, 4, 2), strict=False):
+        with torch.device("meta"):
+            block = Attention(hidden_size, num_heads, num_kv_heads, head_dim, None, 0)
+        width = block.k_proj.out_features + block.v_proj.out_features
+        per_token = num_layers * width * num_bytes
+        gigabytes = (lengths * per_token / 1e9).tolist()
+        ax.plot(lengths, gigabytes, color=colour, lw=2.5)
+        label = f" {num_kv_heads} heads: {gigabytes[-1]:.2f} GB"
+        ax.text(lengths[-1], gigabytes[-1], label, va="center")
+    ax.set(xlim=(0, 48000), ylim=(0, None), xlabel="tokens of one sequence", ylabel="GB")
+    ax.set_xticks(lengths[::2].tolist(), [f"{n:,}" for n in lengths[::2].tolist()])
+    ax.set_title("key/value heads in 28 layers, head_dim 128, bfloat16", fontsize=12)
+    return figure
+
+
+def online_softmax() -> Figure:
+    """Read a row of scores in blocks; what is known of peak and sum after each of them."""
+    from week1.attention import softmax
+
+    scores = torch.tensor([1.0, 2.5, 0.5, 2.0, 4.0, 1.5, 3.0, 0.0, 2.0, 3.5, 4.5, 1.0])
+    block = 3
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, figsize=(6, 4.4), sharex=True, layout="constrained"
+    )
+    top.bar(range(len(scores)), scores, color=[COLOURS[i // block] for i in range(len(scores))])
+    top.set_ylabel("score")
+    for end in range(block, len(scores) + 1, block):
+        seen = scores[:end]
+        peak = seen.max()
+        left, right = end - block - 0.5, end - 0.5
+        top.plot([left, right], [peak, peak], color=INK, lw=2)
+        # softmax gives the best score the share 1 / sum: the sum without a formula of our own.
+        total = 1 / float(softmax(seen).max())
+        bottom.bar((left + right) / 2, total, width=0.8 * block, color=COLOURS[end // block - 1])
+        bottom.text((left + right) / 2, total + 0.1, f"{total:.2f}", ha="center")
+    top.set_title("largest score so far (line), block by block", fontsize=12)
+    bottom.set_title("sum of exp(score − largest so far)", fontsize=12)
+    bottom.set(ylim=(0, 3.6), ylabel="sum", xlabel="key")
+    return figure
+
+
+def block_table() -> Figure:
+    """Give two growing sequences blocks of a shared pool in the order in which they ask."""
+    block_size, num_blocks = 4, 8
+    lengths, tables = {"A": 0, "B": 0}, {"A": [], "B": []}
+    owner: dict[int, tuple[str, int]] = {}
+    for name, count in (("A", 5), ("B", 4), ("A", 6), ("B", 3)):
+        lengths[name] += count
+        while len(tables[name]) * block_size < lengths[name]:
+            owner[len(owner)] = (name, len(tables[name]))
+            tables[name].append(len(owner) - 1)
+    figure, ax = pyplot.subplots(figsize=(5.6, 4.4), layout="constrained")
+    colours = dict(zip("AB", COLOURS, strict=False))
+    for y, name in ((1.6, "A"), (0.9, "B")):
+        text = f"block_table of {name} ({lengths[name]} tokens)"
+        ax.text(0, y, text, va="center", color=colours[name])
+        for index, block in enumerate(tables[name]):
+            _cell(ax, 2.4 + 0.45 * index, y, str(block), "white", INK, width=0.4, height=0.5)
+    for block in range(num_blocks):
+        name, index = owner.get(block, ("", 0))
+        left, y = block % 4, -1.2 * (block // 4)
+        for slot in range(block_size):
+            token = index * block_size + slot
+            used = bool(name) and token < lengths[name]
+            face, text = (colours[name], str(token)) if used else ("white", "")
+            x = left + (slot + 0.5) / block_size
+            _cell(ax, x, y, text, face, "white", width=1 / block_size, height=0.6)
+        ax.add_patch(Rectangle((left, y - 0.3), 1, 0.6, fill=False, edgecolor=INK, lw=1.6))
+        ax.text(left + 0.5, y - 0.5, f"block {block}", ha="center", va="center", color=GREY)
+    ax.set(xlim=(-0.1, 4.1), ylim=(-1.9, 2))
+    ax.axis("off")
+    return figure
+
+
+def mixed_batch() -> Figure:
+    """Schedule four requests under a budget of eight tokens a step; hatched where they decode."""
+    budget = 8
+    steps = _schedule({"A": (0, 6), "B": (1, 14), "C": (2, 5), "D": (4, 9)}, budget, num_new=4)
+    figure, ax = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    for step, parts in enumerate(steps):
+        bottom = 0
+        for name, count, decodes in parts:
+            ax.bar(
+                step,
+                count,
+                bottom=bottom,
+                color=COLOURS["ABCD".index(name)],
+                edgecolor="white",
+                hatch="//" * decodes,
+            )
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+            y = bottom + count / 2
+            ax.text(step, y, name, ha="center", va="center", fontsize=9, bbox=box)
+            bottom += count
+    ax.axhline(budget, color=INK, lw=1.5)
+    ax.text(len(steps) - 0.4, budget + 0.15, "token budget", ha="right", va="bottom")
+    ax.set(xlim=(-0.6, len(steps) - 0.4), ylim=(0, budget + 1.2), xlabel="step", ylabel="tokens")
+    ax.set_xticks(range(len(steps)))
+    return figure
+
+
+def _schedule(
+    requests: dict[str, tuple[int, int]], budget: int, num_new: int
+) -> list[list[tuple[str, int, bool]]]:
+    """List for each step who computes how many tokens, and whether that is decoding.
+
+    requests: name → the step in which it arrives, and its prompt's tokens. Running ones come first.
+    """
+    # The last new token is chosen, and never goes through the model itself.
+    goals = {name: prompt + num_new - 1 for name, (_, prompt) in requests.items()}
+    computed = dict.fromkeys(requests, 0)
+    steps: list[list[tuple[str, int, bool]]] = []
+    while computed != goals:
+        parts, left = [], budget
+        arrived = [name for name, (step, _) in requests.items() if step <= len(steps)]
+        for name in sorted(arrived, key=lambda name: computed[name] == 0):
+            prompt = requests[name][1]
+            decodes = computed[name] >= prompt
+            missing = 1 if decodes else prompt - computed[name]
+            count = min(missing, left, goals[name] - computed[name])
+            if count:
+                parts.append((name, count, decodes))
+                computed[name] += count
+                left -= count
+        steps.append(parts)
+    return steps
+
+
+DRAWINGS: dict[str, Callable[[], Figure]] = {
+    "causal_mask": causal_mask,
+    "rotary": rotary,
+    "head_groups": head_groups,
+    "sampling_filters": sampling_filters,
+    "detokenizer": detokenizer,
+    "cache_growth": cache_growth,
+    "online_softmax": online_softmax,
+    "block_table": block_table,
+    "mixed_batch": mixed_batch,
+}
+
+
+def svg(name: str) -> str:
+    """Draw a figure; the same text every time. `weekN` must be the reference's."""
+    with matplotlib.rc_context(_STYLE):
+        figure = DRAWINGS[name]()
+        target = io.StringIO()
+        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+    return "\n".join(line.rstrip() for line in target.getvalue().splitlines()) + "\n"
+
+
+def _grid(ax: Axes, num_rows: int, num_columns: int) -> None:
+    ax.set_xticks([i - 0.5 for i in range(num_columns + 1)], minor=True)
+    ax.set_yticks([i - 0.5 for i in range(num_rows + 1)], minor=True)
+    ax.grid(which="minor", color="white", lw=2)
+    ax.tick_params(which="both", length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _node(ax: Axes, x: float, y: float, text: object, colour: str) -> None:
+    ax.scatter([x], [y], s=260, color=colour, zorder=2)
+    ax.text(x, y, str(text), ha="center", va="center", color="white", fontsize=10, zorder=3)
+
+
+def _cell(
+    ax: Axes,
+    x: float,
+    y: float,
+    text: str,
+    face: str,
+    colour: str,
+    width: float = 0.92,
+    height: float = 0.8,
+) -> None:
+    corner = (x - width / 2, y - height / 2)
+    ax.add_patch(Rectangle(corner, width, height, facecolor=face, edgecolor=GREY, lw=0.8))
+    ax.text(x, y, text, ha="center", va="center", color=colour)
+
+
+def main(folder: Path) -> None:
+    """Write every figure into a folder."""
+    sys.path.insert(0, str(layers.SOLUTIONS))  # the reference's numbers, whatever the learner has
+    matplotlib.use("svg")
+    for name in DRAWINGS:
+        files.replace(folder / f"{name}.svg", svg(name))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
