@@ -268,7 +268,7 @@ def describe(value: Any) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         shape = tuple(value.shape)
         small = value.numel() <= 8 and value.dim() <= 1 and value.device.type != "meta"
-        return f"{value.tolist()} {dtype}" if small else f"{shape} {dtype}"
+        return f"{_six_digits(value.tolist())} {dtype}" if small else f"{shape} {dtype}"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (list, tuple, set, frozenset, dict)):
@@ -281,6 +281,13 @@ def describe(value: Any) -> str:
     if inspect.isroutine(value):
         return getattr(value, "__name__", type(value).__name__)
     return textwrap.shorten(repr(value), 60, placeholder=" …")
+
+
+def _six_digits(value: Any) -> Any:
+    """Round floats for a reader, inside lists too: 0.30000001192092896 becomes 0.3."""
+    if isinstance(value, list):
+        return [_six_digits(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 class History:
@@ -414,7 +421,8 @@ def check_equal(got: Any, expected: Any, what: str, of: object = None) -> None:
             return
         wrong = got.detach().cpu() != expected.cpu()
         index = tuple(wrong.nonzero()[0].tolist())
-        line = f"first difference at {list(index)}: got {got[index]}, expected {expected[index]}"
+        pair = [_six_digits(value[index].item()) for value in (got.detach(), expected)]
+        line = f"first difference at {list(index)}: got {pair[0]}, expected {pair[1]}"
         count = f"{int(wrong.sum()):,} of {wrong.numel():,} elements differ"
         raise GradedFailure(_lines(context, f"{what}: {line}", count), got.detach().cpu().clone())
     if type(got) is not type(expected) or got != expected:

@@ -51,8 +51,9 @@ class IncrementalDetokenizer:
         One space in front of a list's text may be missing, so that ids decoded apart from those
         before them may lose it.
     All text that `add` and `flush` return, joined, equals decode(all ids). A character is returned
-    by the call that brings its last byte, never earlier. However long the stream gets, a call
-    passes decode a bounded number of ids, as long as the ids bring text.
+    by the call that brings its last byte, never earlier. However long the stream gets, one `add` or
+    `flush` passes decode a bounded number of ids, at most 500, summed over all its calls of decode,
+    as long as the ids bring text.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]):
@@ -126,17 +127,19 @@ def generate(
     next_logits: maps all ids so far, prompt first, to (vocab_size,) float32 scores of the next one.
         Its result is left as it was.
     prompt_ids: at least one id, left as they were. decode: see `IncrementalDetokenizer`; the bound
-        on what it is passed holds for every step here.
+        on the ids that it is passed holds for every step here.
     max_tokens: at least 1. max_model_len: prompt and completion together never exceed it.
     eos_token_ids: any of them ends the completion and is not part of it.
     choose: maps (scores, all ids so far) to the next id.
     stop: stop strings, see `StopMatcher`. The text ends in front of the one that matched, and
-        token_ids with the first id by which all of that text had been returned by a detokenizer.
+        token_ids ends with the first id after which the detokenizer had returned all of that text;
+        no ids when the text is empty.
     min_tokens: end-of-sequence ids get the score −inf until so many ids have been generated.
     on_text: called with each piece of text as soon as it is certain, never with "" and never with
         a part of a stop string; the pieces joined are the completion's text.
-    Raises ValueError, before the first step, for an empty prompt, max_tokens below 1, an empty stop
-    string, or a prompt that leaves no room for one token.
+    Raises ValueError, before the first step, for an empty prompt, for an empty stop string, for
+    max_tokens below 1, whose value it gives, and for a prompt that leaves no room for one token,
+    whose length it gives together with max_model_len.
     """
     raise NotImplementedError(
         "week1/generate.py: generate is not written yet → sessions/week1/generate.md"

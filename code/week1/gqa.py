@@ -18,7 +18,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attend with fewer key/value heads than query heads.
 
-    q: (..., num_heads, num_queries, head_dim), any float dtype; stays as it was, like k and v.
+    q: (..., num_heads, num_queries, head_dim), any float dtype; left as it was, like k, v and mask.
     k, v: (..., num_kv_heads, num_keys, head_dim), q's dtype. Consecutive query heads share a
         key/value head: the first num_heads / num_kv_heads of them use key/value head 0.
     mask: as in `attention`; broadcasts to (..., num_heads, num_queries, num_keys).
@@ -90,7 +90,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Run the block.
 
-        x: (..., tokens, hidden_size), stays as it was. positions: (..., tokens) int64.
+        x: (..., tokens, hidden_size). positions: (..., tokens) int64. Both are left as they were.
         attend: see `Attend`; called once, with tensors of x's dtype, since it may store them.
         Returns (..., tokens, hidden_size), x's dtype.
         """

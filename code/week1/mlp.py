@@ -11,9 +11,10 @@ __all__ = ["rms_norm", "silu_mul", "MLP", "DecoderLayer"]
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Give every row a root mean square of one, then scale every column by its weight.
 
-    x: (..., width), any float dtype. weight: (width,). eps: added to the mean square.
-    Returns x's shape and dtype. Everything but the product with the weight is computed in float32
-    or better.
+    x: (..., width), any float dtype. weight: (width,), any float dtype. Both are left as they were.
+    eps: added to the mean square.
+    Returns x's shape and dtype. Everything but the product with the weight is computed in float32,
+    or in x's dtype where that is wider.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; eps as in Llama and Qwen.
     """
     raise NotImplementedError("week1/mlp.py: rms_norm is not written yet → sessions/week1/mlp.md")
@@ -35,7 +36,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Let `gate` decide, element by element, how much of `up` passes.
 
     gate: goes through the SiLU function (also called Swish). up: what is let through, gate's shape
-        and dtype.
+        and dtype. Both are left as they were.
     Returns their shape and dtype.
     Source: Shazeer 2020, arXiv:2002.05202, SwiGLU without its bias.
     """
@@ -48,7 +49,8 @@ class MLP(nn.Module):
     hidden_size: width of input and output. intermediate_size: width between.
     Parameters carry their checkpoint names: gate_proj, up_proj and down_proj are torch.nn.Linear
     without a bias. Each may be replaced by another module that is called alike, such as a quantized
-    one. Called with x: (..., tokens, hidden_size); returns the same shape and dtype.
+    one. Called with x: (..., tokens, hidden_size), which is left as it was; returns the same shape
+    and dtype.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int):

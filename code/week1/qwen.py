@@ -118,7 +118,8 @@ class Qwen(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Compute the final hidden state of every token.
 
-        input_ids, positions: (..., tokens) int64. attend: see `Attend` in week1/gqa.py.
+        input_ids, positions: (..., tokens) int64, left as they were. attend: see `Attend` in
+            week1/gqa.py.
         Returns (..., tokens, hidden_size), behind the last norm.
         """
         raise NotImplementedError(
@@ -142,7 +143,8 @@ def load_weights(model: Qwen, tensors: Mapping[str, Tensor]) -> None:
     model: may lie on the meta device. Afterwards each parameter holds the given values in the given
         dtype and on the given device, and requires no gradient.
     tensors: by checkpoint name, such as "model.layers.0.mlp.up_proj.weight" or "lm_head.weight". A
-        model with tied embeddings needs no "lm_head.weight" and ignores one. Left as it is.
+        model with tied embeddings needs no "lm_head.weight" and ignores one: it does not stand in
+        for a missing "model.embed_tokens.weight". Left as it was.
     What a checkpoint has to hold follows from the model's own parameters, whatever modules it has.
     Raises ValueError, and leaves the model as it was, when tensors are missing, not known to the
     model, or of another shape than the parameter; the message names all of them, a wrong shape

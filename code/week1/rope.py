@@ -19,7 +19,7 @@ def rotary_table(
     device: where the table is made, whatever the default device is; None means the default device.
     Returns (num_positions, head_dim) float32: first the cosine of every pair, fastest pair first,
     then the sines in the same order. The first pair turns by one radian a position.
-    Angles are computed in float32 or better. Raises ValueError, which gives head_dim's value, when
+    Angles are computed in float32 or float64. Raises ValueError, which gives head_dim's value, when
     that is odd or below 2.
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
@@ -36,8 +36,8 @@ def apply_rotary(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     positions: (..., tokens) int64, each in [0, len(table)); need not be contiguous or sorted, and
         there may be none.
     table: float32, laid out as by `rotary_table`.
-    Returns a new tensor of x's shape and dtype, rotated in float32 or better. The arguments stay as
-    they were.
+    Returns a new tensor of x's shape and dtype, rotated in float32, or in x's dtype where that is
+    wider. The arguments are left as they were.
     Raises ValueError, which gives the position and len(table), when a position lies outside.
     Source: Su et al. 2021, arXiv:2104.09864, section 3.4.2, in the half-split layout.
     """

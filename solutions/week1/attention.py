@@ -11,10 +11,10 @@ __all__ = ["softmax", "causal_mask", "attention", "split_heads", "merge_heads"]
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
     """Turn scores into weights that sum to one along `dim`.
 
-    x: any shape, float dtype. Scores may be as large as the dtype allows, and −inf.
+    x: any shape, float dtype; left as it was. Scores may be as large as the dtype allows, and −inf.
     dim: the axis whose entries compete.
-    Returns x's shape and dtype, computed in float32 or better. A score of −inf gets the weight 0;
-    where every score along `dim` is −inf, every weight is 0.
+    Returns x's shape and dtype, computed in float32, or in x's dtype where that is wider. A score
+    of −inf gets the weight 0; where every score along `dim` is −inf, every weight is 0.
     """
     scores = _at_least_float32(x)
     peak = scores.amax(dim, keepdim=True)
@@ -32,6 +32,7 @@ def causal_mask(
 
     num_queries: the queries belong to the last num_queries tokens of a sequence.
     num_keys: the keys belong to the whole sequence so far.
+    device: where the mask is made; None means the default device.
     Returns (num_queries, num_keys) bool, True where the query may look.
     Raises ValueError, which names both numbers, when num_queries is negative or larger than
     num_keys.
@@ -53,8 +54,8 @@ def attention(
     mask: bool, broadcasts to (..., num_queries, num_keys), True where the query may look; None lets
         every query look at every key. A query that may look at nothing gets zeros.
     scale: what the scores are multiplied by; None means head_dim ** -0.5.
-    Returns (..., num_queries, value_dim) in q's dtype; scores and weights are computed in float32
-    or better.
+    Returns (..., num_queries, value_dim) in q's dtype; all of it is computed in float32, or in q's
+    dtype where that is wider. The arguments are left as they were.
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale

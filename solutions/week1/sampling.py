@@ -55,8 +55,8 @@ def apply_penalties(
 ) -> Tensor:
     """Make tokens that were seen before less likely, or more.
 
-    logits: (vocab_size,) float32, left as it was. prompt_ids, output_ids: what the request gave and
-        what has been generated since; either may be empty.
+    logits: (vocab_size,) float32. prompt_ids, output_ids: what the request gave and what has been
+        generated since; either may be empty. All three are left as they were.
     repetition_penalty: for every token in the prompt or the output, once, a positive score is
         divided by it and a negative one multiplied.
     presence_penalty: subtracted once from every token in the output. frequency_penalty: subtracted
@@ -120,7 +120,8 @@ def draw(probabilities: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         sequence that the drawn token will have. All three are left as they were.
     Returns (batch,) int64. A row's token does not depend on the other rows, on their number, or on
     any call before; a token of probability 0 is never drawn; over many positions of one seed, and
-    over many seeds at one position, tokens come out with their probabilities and independently.
+    over many seeds at one position, tokens come out with their probabilities and independently, in
+    large vocabularies too: the noise has 24 bits or more.
     """
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     noise = _uniform(seeds, positions).unsqueeze(-1)
@@ -132,7 +133,8 @@ class Sampler:
     """Choose the tokens of one request: the `choose` of `generate`.
 
     params: how. num_prompt_tokens: how many of the ids it will be called with are the prompt.
-    seed: params.seed, or the random one taken in its place.
+    seed: params.seed; where that is None, a random one of the same range that does not follow from
+        the seeds of Python's, NumPy's and torch's global generators.
     """
 
     def __init__(self, params: SamplingParams, num_prompt_tokens: int):
@@ -143,8 +145,8 @@ class Sampler:
     def __call__(self, logits: Tensor, token_ids: Sequence[int]) -> int:
         """Choose the token that follows token_ids: penalties, probabilities, draw.
 
-        logits: (vocab_size,) float32, left as it was. token_ids: the prompt, then the output so
-            far.
+        logits: (vocab_size,) float32. token_ids: the prompt, then the output so far. Both are left
+            as they were.
         Returns the chosen id; its position is len(token_ids).
         """
         params, device = self.params, logits.device

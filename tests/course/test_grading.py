@@ -146,3 +146,9 @@ def test_a_failure_fits_80_columns():
     assert head.startswith("week1/rope.py  test_x\n  f(x: (3,) float32)\n")
     assert asked == "  A belief.\n  Is it yours?"
     assert link == "  sessions/week1/rope.md · course hint week1/rope"
+
+
+def test_floats_are_shown_with_six_digits():
+    assert grading.describe(torch.tensor([0.3, 1.0])) == "[0.3, 1.0] float32"
+    text = said(check_equal, torch.tensor([0.1, 0.3]), torch.tensor([0.1, 0.7]), "x after the call")
+    assert "x after the call: first difference at [1]: got 0.3, expected 0.7" in text

@@ -1,4 +1,7 @@
-"""Grades week1/generate: the scores of the next token, the detokenizer, stop strings, the loop."""
+"""Grades week1/generate: the scores of the next token, the detokenizer, stop strings, the loop.
+
+A comment "case N" behind a test's name means case N of ENGINE.md.
+"""
 
 import copy
 import itertools
@@ -33,6 +36,20 @@ SCRIPTS = {
 ALPHABET = " a\né½ע\u0301日，नि\ufffd😀🏽𠮷"
 
 
+def said(start, values):
+    """As many of the values as fit into the 60 characters that are shown of an argument."""
+    for count, value in enumerate(values):
+        longer = f"{start}{',' if count else ''} {value!r}"
+        if len(longer) > 57:
+            return f"{start}, …"
+        start = longer
+    return start
+
+
+def counted(number, noun):
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Vocabulary:
     """A tokenizer in which id i carries the i-th piece of bytes; counts the ids it is asked for."""
 
@@ -40,6 +57,9 @@ class Vocabulary:
         self.pieces = list(pieces)
         self.strips_space = strips_space
         self.num_decoded = 0
+
+    def __repr__(self):
+        return said("ids from 0 bring", self.pieces)
 
     def __call__(self, ids):
         self.num_decoded += len(ids)
@@ -58,7 +78,8 @@ def cut(data, places):
 
 
 def told(pieces):
-    return f"ids that carry the bytes {list(pieces)}" if len(pieces) < 40 else f"{len(pieces)} ids"
+    few = f"ids that carry the bytes {list(pieces)}"
+    return f"IncrementalDetokenizer, {few if len(pieces) < 40 else f'{len(pieces)} ids'}"
 
 
 def check_stream(pieces, strips_space=False):
@@ -70,7 +91,9 @@ def check_stream(pieces, strips_space=False):
     for i in range(len(pieces)):
         text += of.note(f"add({i}), which carries {pieces[i]}", detokenizer.add(i))
         so_far = list(range(i + 1))
-        wrong = f"after {i + 1} ids the text is {text!r}, their decode is {decode(so_far)!r}"
+        wrong = (
+            f"after {counted(i + 1, 'id')} the text is {text!r}, their decode is {decode(so_far)!r}"
+        )
         check_true(decode(so_far).startswith(text), wrong, of=of)
         check_true(text.startswith(decode.certain(so_far)), f"something is missing: {wrong}", of=of)
     text += of.note("flush()", detokenizer.flush())
@@ -83,17 +106,17 @@ def single_bytes(data):
 
 @pytest.mark.parametrize("strips_space", [False, True], ids=["", "strips-space"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_case_16_one_byte_an_id(script, strips_space):
+def test_detokenizer_of_one_byte_an_id(script, strips_space):  # case 16
     check_stream(single_bytes((SCRIPTS[script] * 2).encode()), strips_space)
 
 
 @given(st.sampled_from(sorted(SCRIPTS)), st.lists(st.integers(0, 10_000), max_size=60))
-def test_case_16_characters_cut_anywhere(script, places):
+def test_detokenizer_of_characters_cut_anywhere(script, places):  # case 16
     check_stream(cut(SCRIPTS[script].encode(), places))
 
 
 @given(st.text(ALPHABET, max_size=40), st.lists(st.integers(0, 10_000), max_size=40), st.booleans())
-def test_case_16_any_text_cut_anywhere(text, places, strips_space):
+def test_detokenizer_of_any_text_cut_anywhere(text, places, strips_space):  # case 16
     check_stream(cut(text.encode(), places), strips_space)
 
 
@@ -103,19 +126,19 @@ UGLY_BYTES = b"\x80\x9f\x98\x81\xac\xa0\xf0\xe2\xe0\xed\xc3\xff\xc0 a"
 
 @settings(max_examples=150)
 @given(st.lists(st.lists(st.sampled_from(UGLY_BYTES), max_size=3).map(bytes), max_size=40))
-def test_case_16_invalid_bytes(pieces):
+def test_detokenizer_of_invalid_bytes(pieces):  # case 16
     check_stream(pieces)
 
 
 @settings(max_examples=100)
 @given(st.lists(st.sampled_from([b" ", b"", b" a", b"a ", b"  ", b"b"]), max_size=30))
-def test_a_space_in_front_is_lost_once_only(pieces):
+def test_detokenizer_loses_a_space_in_front_once_only(pieces):
     check_stream(pieces, strips_space=True)
 
 
 @pytest.mark.parametrize("num_textless", [1, 2, 3, 30])
 @pytest.mark.parametrize("strips_space", [False, True], ids=["", "strips-space"])
-def test_ids_without_text_change_nothing(num_textless, strips_space):
+def test_detokenizer_of_ids_without_text(num_textless, strips_space):
     textless = [b""] * num_textless
     unit = [b" one", *textless, b" two", b"\xf0", *textless, b"\x9f\x98", *textless, b"\x81"]
     for num_in_front in range(12):
@@ -128,7 +151,7 @@ def test_ids_without_text_change_nothing(num_textless, strips_space):
     st.lists(st.tuples(st.integers(0, 99), st.integers(1, 12)), max_size=8),
     st.booleans(),
 )
-def test_case_16_ids_without_text_anywhere(text, textless, strips_space):
+def test_detokenizer_of_ids_without_text_anywhere(text, textless, strips_space):  # case 16
     pieces = single_bytes(text.encode())
     for place, count in textless:
         place %= len(pieces) + 1
@@ -137,7 +160,7 @@ def test_case_16_ids_without_text_anywhere(text, textless, strips_space):
 
 
 @pytest.mark.parametrize("end", [b"\xf0", b"\xf0\x9f\x98", b"\xe6\x97", b"\xc3"], ids=str)
-def test_case_16_a_character_cut_off_at_the_end(end):
+def test_detokenizer_of_a_character_cut_off_at_the_end(end):  # case 16
     pieces = [b"so", *single_bytes("é 😀".encode()), *single_bytes(end)]
     check_stream(pieces)
     detokenizer = generate_lab.IncrementalDetokenizer(Vocabulary(pieces))
@@ -147,23 +170,23 @@ def test_case_16_a_character_cut_off_at_the_end(end):
     check_equal(detokenizer.flush(), "", "what a second flush returns", of=told(pieces))
 
 
-def test_a_character_is_returned_with_its_last_byte():
+def test_detokenizer_returns_a_character_with_its_last_byte():
     pieces = [b"a\xf0", b"\x9f", b"\x98", b"\x81!\xe6", b"\x97\xa5", "本é".encode(), b".\xc3"]
     detokenizer = generate_lab.IncrementalDetokenizer(Vocabulary(pieces))
     got = [detokenizer.add(i) for i in range(len(pieces))]
     check_equal(got, ["a", "", "", "😁!", "日", "本é", "."], "what add returns", of=told(pieces))
 
 
-def test_a_replacement_character_in_the_text_itself():
+def test_detokenizer_of_a_replacement_character_in_the_text():
     check_stream(single_bytes("a\ufffd\ufffdb\ufffd".encode()))
 
 
-def test_flush_of_a_stream_without_ids():
+def test_detokenizer_without_ids():
     detokenizer = generate_lab.IncrementalDetokenizer(Vocabulary([]))
-    check_equal(detokenizer.flush(), "", "what flush returns", of="no ids")
+    check_equal(detokenizer.flush(), "", "what flush returns", of="IncrementalDetokenizer, no ids")
 
 
-def test_two_streams_keep_apart():
+def test_detokenizer_keeps_its_stream_apart_from_another():
     pieces = single_bytes("né😀日".encode())
     one, two = (generate_lab.IncrementalDetokenizer(Vocabulary(pieces)) for _ in range(2))
     texts = ["", ""]
@@ -171,8 +194,9 @@ def test_two_streams_keep_apart():
         texts[0] += one.add(i)
         texts[1] += two.add(len(pieces) - 1 if i == 0 else i - 1)
     texts[0] += one.flush()
-    check_equal(texts[0], "né😀日", "the first stream's text", of="two streams, id by id in turn")
-    check_true("né😀" in texts[1], f"the second stream's text is {texts[1]!r}", of="two streams")
+    of = "two IncrementalDetokenizers, id by id in turn"
+    check_equal(texts[0], "né😀日", "the first stream's text", of=of)
+    check_true("né😀" in texts[1], f"the second stream's text is {texts[1]!r}", of=of)
 
 
 LONG_STREAMS = {
@@ -188,7 +212,7 @@ LONG_STREAMS = {
 
 @pytest.mark.parametrize("strips_space", [False, True], ids=["", "strips-space"])
 @pytest.mark.parametrize("stream", LONG_STREAMS)
-def test_case_16_the_cost_of_an_id_does_not_grow(stream, strips_space):
+def test_detokenizer_whose_cost_does_not_grow(stream, strips_space):  # case 16
     pieces = LONG_STREAMS[stream]
     decode = Vocabulary(pieces, strips_space)
     detokenizer = generate_lab.IncrementalDetokenizer(decode)
@@ -200,7 +224,7 @@ def test_case_16_the_cost_of_an_id_does_not_grow(stream, strips_space):
     before = decode.num_decoded
     text += detokenizer.flush()
     most = max(most, decode.num_decoded - before)
-    of = f"a stream of {len(pieces)} ids: {stream}"
+    of = f"IncrementalDetokenizer, {len(pieces)} ids: {stream}"
     check_equal(text, decode(list(range(len(pieces)))), "all text joined", of=of)
     check_true(most <= 500, f"one call passed {most:,} ids to decode; allowed: 500", of=of)
 
@@ -232,7 +256,7 @@ def check_matcher(pieces, stops):
     for i, piece in enumerate(pieces):
         returned += of.note(f"add({piece!r})", matcher.add(piece))
         so_far = "".join(pieces[: i + 1])
-        what = f"the text returned after {i + 1} pieces"
+        what = f"the text returned after {counted(i + 1, 'piece')}"
         check_equal(returned, expected_shown(so_far, stops), what, of=of)
         check_equal(matcher.matched, expected_stop(so_far, stops)[1], "matched", of=of)
     returned += of.note("flush()", matcher.flush())
@@ -266,7 +290,7 @@ STOP_CASES = {
 
 
 @pytest.mark.parametrize("case", STOP_CASES)
-def test_case_17_stop_strings_by_hand(case):
+def test_matcher_by_hand(case):  # case 17
     check_matcher(*STOP_CASES[case])
 
 
@@ -276,7 +300,7 @@ def test_case_17_stop_strings_by_hand(case):
     st.lists(st.text("ab", min_size=1, max_size=6), max_size=4),
     st.lists(st.integers(0, 100), max_size=8),
 )
-def test_case_17_stop_strings_however_the_text_is_cut(text, stops, places):
+def test_matcher_however_the_text_is_cut(text, stops, places):  # case 17
     check_matcher(cut(text, places), stops)
 
 
@@ -285,16 +309,16 @@ def test_case_17_stop_strings_however_the_text_is_cut(text, stops, places):
     st.text("<|im_end>", max_size=30),
     st.lists(st.sampled_from(["<|im_end|>", "<|", "|>", "_end", "im"]), min_size=1, max_size=3),
 )
-def test_case_17_stop_strings_one_character_at_a_time(text, stops):
+def test_matcher_one_character_at_a_time(text, stops):  # case 17
     check_matcher(list(text), stops)
 
 
 @pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
-def test_stop_strings_in_any_collection(kind):
+def test_matcher_of_stop_strings_in_any_collection(kind):
     check_matcher(["abc", "de"], kind(["cd", "zz"]))
 
 
-def test_nothing_comes_after_a_stop_string():
+def test_matcher_returns_nothing_after_a_stop_string():
     of = "StopMatcher(['<s>']) fed with 'a<s>b', then 'c<s>d', then flushed"
     matcher = generate_lab.StopMatcher(["<s>"])
     got = [matcher.add("a<s>b"), matcher.add("c<s>d"), matcher.flush()]
@@ -302,7 +326,7 @@ def test_nothing_comes_after_a_stop_string():
     check_equal(matcher.matched, "<s>", "matched", of=of)
 
 
-def test_held_text_is_flushed_when_it_was_no_stop_string():
+def test_matcher_flushes_held_text_that_was_no_stop_string():
     of = "StopMatcher(['<stop>', 'opal']) fed with 'a<st' and 'op', then flushed"
     matcher = generate_lab.StopMatcher(["<stop>", "opal"])
     got = [matcher.add("a<st"), matcher.add("op"), matcher.flush()]
@@ -311,7 +335,7 @@ def test_held_text_is_flushed_when_it_was_no_stop_string():
 
 
 @pytest.mark.parametrize("stops", [[""], ["a", ""], {"", "b"}], ids=str)
-def test_an_empty_stop_string_is_refused(stops):
+def test_matcher_refuses_an_empty_stop_string(stops):
     check_raises(ValueError, generate_lab.StopMatcher, stops)
 
 
@@ -321,6 +345,9 @@ class RollingModel:
     def __init__(self, vocab_size=40):
         self.vocab_size = vocab_size
         self.calls = []
+
+    def __repr__(self):
+        return f"scores of {self.vocab_size} ids by a hash of all ids so far"
 
     def __call__(self, ids):
         self.calls.append(list(ids))
@@ -352,6 +379,9 @@ class Script:
         self.shown = []
         self.shown_before_call = []
 
+    def __repr__(self):
+        return said("says", self.ids)
+
     def __call__(self, ids):
         count = len(ids) - len(self.prompt)
         right = list(ids) == self.prompt + self.ids[: max(count, 0)] and count < len(self.ids)
@@ -380,7 +410,7 @@ def check_completion(got, ids, text, reason):
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 7, 25])
 @pytest.mark.parametrize("prompt", [(5,), (3, 3, 1, 38), tuple(range(30))], ids=len)
-def test_generates_exactly_max_tokens(prompt, max_tokens):
+def test_loop_generates_exactly_max_tokens(prompt, max_tokens):
     model = RollingModel()
     got = run(model, prompt, max_tokens=max_tokens)
     expected = rolling_ids(prompt, max_tokens)
@@ -393,7 +423,7 @@ def test_generates_exactly_max_tokens(prompt, max_tokens):
 @pytest.mark.parametrize(
     "room, max_tokens, count", [(1, 9, 1), (4, 9, 4), (9, 9, 9), (10, 9, 9), (3, 10**9, 3)]
 )
-def test_never_exceeds_max_model_len(room, max_tokens, count):
+def test_loop_never_exceeds_max_model_len(room, max_tokens, count):
     model, prompt = RollingModel(), (4, 0, 9)
     got = run(model, prompt, max_tokens=max_tokens, max_model_len=len(prompt) + room)
     expected = rolling_ids(prompt, count)
@@ -406,7 +436,7 @@ def test_never_exceeds_max_model_len(room, max_tokens, count):
     st.sets(st.integers(0, 39), max_size=12),
     st.integers(1, 20),
 )
-def test_case_18_any_end_of_sequence_id_ends_it(prompt, eos, max_tokens):
+def test_loop_ends_with_any_end_of_sequence_id(prompt, eos, max_tokens):  # case 18
     got = run(RollingModel(), prompt, max_tokens=max_tokens, eos_token_ids=eos)
     expected = rolling_ids(prompt, max_tokens, eos)
     reason = "length" if len(expected) == max_tokens else "stop"
@@ -415,27 +445,27 @@ def test_case_18_any_end_of_sequence_id_ends_it(prompt, eos, max_tokens):
 
 @pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
 @pytest.mark.parametrize("eos", [50, 51, 52])
-def test_case_18_end_of_sequence_ids_in_any_collection(kind, eos):
+def test_loop_takes_end_of_sequence_ids_in_any_collection(kind, eos):  # case 18
     model = Script([1], [3, 4, eos, 5])
     got = run(model, [1], eos_token_ids=kind([52, 50, 51]))
     check_completion(got, [3, 4], "DE", "stop")
     check_equal(model.num_calls, 3, "how often the model was called")
 
 
-def test_end_of_sequence_as_the_first_token():
+def test_loop_with_end_of_sequence_as_the_first_token():
     pieces = []
     got = run(Script([1], [9]), [1], eos_token_ids={9}, on_text=pieces.append)
     check_completion(got, [], "", "stop")
     check_equal(pieces, [], "what on_text was called with")
 
 
-def test_end_of_sequence_ids_in_the_prompt_end_nothing():
+def test_loop_with_end_of_sequence_ids_in_the_prompt():
     got = run(Script([9, 1, 9], [3, 4, 9]), [9, 1, 9], eos_token_ids={9})
     check_completion(got, [3, 4], "DE", "stop")
 
 
 @pytest.mark.parametrize("max_tokens, count, reason", [(2, 2, "length"), (3, 2, "stop")])
-def test_end_of_sequence_at_max_tokens(max_tokens, count, reason):
+def test_loop_with_end_of_sequence_at_max_tokens(max_tokens, count, reason):
     model = Script([1], [3, 4, 9])
     got = run(model, [1], max_tokens=max_tokens, eos_token_ids={9})
     check_completion(got, [3, 4], "DE", reason)
@@ -444,7 +474,7 @@ def test_end_of_sequence_at_max_tokens(max_tokens, count, reason):
 
 @pytest.mark.parametrize("min_tokens", [0, 1, 4, 6])
 @pytest.mark.parametrize("score", [4.0, 12.0], ids=["below", "above"])
-def test_case_18_min_tokens_masks_every_end_of_sequence_id(score, min_tokens):
+def test_loop_masks_every_end_of_sequence_id_until_min_tokens(score, min_tokens):  # case 18
     scores = torch.tensor([0.5, score, 9.0, -3.0, 8.0])
     masked = torch.tensor([0.5, score, -math.inf, -3.0, -math.inf])
     before, seen = scores.clone(), []
@@ -456,19 +486,22 @@ def test_case_18_min_tokens_masks_every_end_of_sequence_id(score, min_tokens):
     limits = {"max_tokens": 6, "eos_token_ids": {2, 4}, "min_tokens": min_tokens}
     got = run(lambda ids: scores, choose=choose, **limits)
     expected = [masked] * min_tokens + [before] * (min_tokens < 6)
-    check_equal(torch.stack(seen), torch.stack(expected), "the scores that choose saw")
-    check_equal(scores, before, "the model's own scores afterwards")
+    check_equal(len(seen), len(expected), "how often choose was called")
+    for step, (got_scores, want) in enumerate(zip(seen, expected, strict=True)):
+        of = f"the scores that choose saw in step {step}, with min_tokens={min_tokens}"
+        check_close(got_scores, want, tolerance=0.0, of=of)
+    check_close(scores, before, tolerance=0.0, of="the model's own scores after generate")
     reason = "stop" if min_tokens < 6 else "length"
     check_completion(got, [1] * min_tokens, "B" * min_tokens, reason)
 
 
-def test_min_tokens_without_end_of_sequence_ids():
+def test_loop_with_min_tokens_and_no_end_of_sequence_ids():
     expected = rolling_ids((1, 2), 5)
     got = run(RollingModel(), (1, 2), max_tokens=5, min_tokens=3)
     check_completion(got, expected, LETTERS(expected), "length")
 
 
-def test_choose_sees_the_scores_and_all_ids():
+def test_loop_shows_choose_the_scores_and_all_ids():
     prompt, model, seen = [6, 1], RollingModel(), []
 
     def choose(scores, ids):
@@ -485,13 +518,13 @@ def test_choose_sees_the_scores_and_all_ids():
     check_equal(seen, [ids[: 2 + i] for i in range(6)], "the ids that choose was called with")
 
 
-def test_the_default_choice_is_the_most_likely_token():
+def test_loop_chooses_the_most_likely_token():
     scores = torch.tensor([1.0, 7.5, 7.5, -2.0])
     got = run(lambda ids: scores, max_tokens=3)
     check_completion(got, [1, 1, 1], "BBB", "length")
 
 
-def test_the_prompt_is_left_alone():
+def test_loop_leaves_the_prompt_alone():
     prompt = [4, 0, 9]
     first = generate_lab.generate(
         RollingModel(), prompt, LETTERS, max_tokens=4, max_model_len=50, eos_token_ids=()
@@ -515,7 +548,7 @@ BAD_REQUESTS = {
 
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)
-def test_case_14_bad_requests_are_refused_before_the_first_step(case):
+def test_loop_refuses_bad_requests_before_the_first_step(case):  # case 14
     prompt, changed, mentions = BAD_REQUESTS[case]
     model, pieces = RollingModel(), []
     arguments = {"max_tokens": 5, "max_model_len": 100, "eos_token_ids": {9}, **changed}
@@ -535,7 +568,7 @@ def test_case_14_bad_requests_are_refused_before_the_first_step(case):
 
 def check_text(pieces, stops, reason_without_stop="length", ends_with_eos=False):
     """Let a scripted model say one id a piece; hold everything against brute force."""
-    decode = Vocabulary([b"{prompt}", *pieces, b"{eos}"])
+    decode = Vocabulary([b"P", *pieces, b"E"])
     ids = list(range(1, len(pieces) + 1))
     eos = len(pieces) + 1
     model = Script([0], [*ids, eos] if ends_with_eos else ids)
@@ -587,12 +620,12 @@ TEXT_CASES = {
 
 
 @pytest.mark.parametrize("case", TEXT_CASES)
-def test_case_17_stop_string_in_a_completion(case):
+def test_loop_with_a_stop_string(case):  # case 17
     check_text(*TEXT_CASES[case])
 
 
 @pytest.mark.parametrize("case", TEXT_CASES)
-def test_case_17_stop_string_before_end_of_sequence(case):
+def test_loop_with_a_stop_string_before_end_of_sequence(case):  # case 17
     check_text(*TEXT_CASES[case], reason_without_stop="stop", ends_with_eos=True)
 
 
@@ -606,20 +639,20 @@ UNITS = [[b"a"], [b"b"], [b"ab"], [b"ba"], [b""], [b"b\xc3", b"\xa9"], [b"\xc3",
     st.lists(st.sampled_from(["a", "ab", "aba", "bb", "é", "éa", "bé", "baab"]), max_size=3),
     st.booleans(),
 )
-def test_case_17_text_and_ids_are_cut_alike(units, stops, ends_with_eos):
+def test_loop_cuts_text_and_ids_alike(units, stops, ends_with_eos):  # case 17
     pieces = [piece for unit in units for piece in unit]
     check_text(pieces, stops, "stop" if ends_with_eos else "length", ends_with_eos)
 
 
 @pytest.mark.parametrize("eos", [True, False], ids=["end-of-sequence", "max_tokens"])
-def test_unfinished_bytes_and_held_text_come_out_in_order(eos):
+def test_loop_ends_with_unfinished_bytes_and_held_text_in_order(eos):
     pieces = [b"ab", b"<st", b"\xf0\x9f"]
     model = Script([4], [0, 1, 2, 3])
     shown = []
     got = run(
         model,
         [4],
-        Vocabulary([*pieces, b"{eos}", b"{prompt}"]),
+        Vocabulary([*pieces, b"E", b"P"]),
         max_tokens=4 if eos else 3,
         eos_token_ids={3},
         stop=["<stop>"],
@@ -630,30 +663,30 @@ def test_unfinished_bytes_and_held_text_come_out_in_order(eos):
 
 
 @pytest.mark.parametrize("pieces", [[b"ab", b"\x80", b"c"], [b"ab", b"\xf0"]], ids=str)
-def test_a_stop_string_of_invalid_bytes(pieces):
+def test_loop_with_a_stop_string_of_invalid_bytes(pieces):
     ids = list(range(len(pieces)))
-    decode = Vocabulary([*pieces, b"{prompt}"])
+    decode = Vocabulary([*pieces, b"P"])
     got = run(Script([2 + 1], ids), [3], decode, max_tokens=len(ids), stop=[UNFINISHED])
     check_equal(got.text, "ab", "text")
     check_equal(got.finish_reason, "stop", "finish_reason")
 
 
-def test_the_prompt_is_no_part_of_a_stop_string():
+def test_loop_keeps_the_prompt_out_of_stop_strings():
     decode = Vocabulary([b"<st", b"op>", b"a"])
     got = run(Script([0], [1, 2]), [0], decode, max_tokens=2, stop=["<stop>"])
     check_completion(got, [1, 2], "op>a", "length")
 
 
-def test_case_16_a_stream_through_the_loop():
+def test_loop_streams_characters():  # case 16
     data = "né 日本 👍🏽 ok".encode()
     pieces = cut(data, random.Random(3).sample(range(len(data)), 12))
     check_text(pieces, [])
     check_text(single_bytes(data), ["本 👎", "k!"])
 
 
-def test_case_16_the_cost_of_a_step_does_not_grow():
+def test_loop_whose_cost_does_not_grow():  # case 16
     pieces = [b" word", "日".encode(), b"\xc3", b"\xa9", b"<"] * 300
-    decode = Vocabulary([*pieces, b"{prompt}"])
+    decode = Vocabulary([*pieces, b"P"])
     model, costs = Script([len(pieces)], range(len(pieces))), []
 
     def choose(scores, ids):
@@ -793,7 +826,7 @@ def test_next_token_logits_of_a_bfloat16_model_are_float32():
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_greedy_completion_matches_transformers(kind):
+def test_loop_completion_matches_transformers(kind):
     original = make_transformer(kind, seed=5)
     prompt = [11, 4, 58, 4, 33]
     expected = original.generate(

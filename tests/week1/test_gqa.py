@@ -221,7 +221,8 @@ def oracle_block(block: nn.Module, shape, x: Tensor, positions: Tensor) -> Tenso
 @pytest.mark.parametrize("leading, num_queries, num_keys, head_dim", SHAPES)
 def test_grouped_attention_matches_torch(leading, num_queries, num_keys, head_dim, heads, dtype):
     q, k, v = qkv(heads, leading, num_queries, num_keys, head_dim, dtype)
-    check_close(gqa.grouped_attention(q, k, v), head_by_head(q, k, v), dtype=dtype)
+    expected = head_by_head(q, k, v)
+    check_close(gqa.grouped_attention(q, k, v), expected, dtype=dtype)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
@@ -247,25 +248,29 @@ def test_grouped_attention_refuses_heads_that_do_not_divide(heads):
 def test_grouped_attention_of_large_inputs(dtype):
     q, k, v = qkv((8, 2), (3,), 5, 9, 32, dtype, scale=3.0)
     v = v * 100
-    check_close(gqa.grouped_attention(q, k, v), head_by_head(q, k, v), dtype=dtype)
+    expected = head_by_head(q, k, v)
+    check_close(gqa.grouped_attention(q, k, v), expected, dtype=dtype)
 
 
 def test_grouped_attention_of_views_that_are_not_contiguous():
     q, k, v = random(3, 5, 8, 12), random(3, 7, 2, 12, seed=1), random(3, 7, 2, 12, seed=2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    check_close(gqa.grouped_attention(q, k, v), head_by_head(q, k, v), dtype=torch.float32)
+    expected = head_by_head(q, k, v)
+    check_close(gqa.grouped_attention(q, k, v), expected, dtype=torch.float32)
 
 
 def test_grouped_attention_leaves_its_inputs_alone():
     arguments = (*qkv((8, 2), (3,), 5, 5, 8), staircase(5))
     before = [argument.clone() for argument in arguments]
     gqa.grouped_attention(*arguments)
-    for argument, old in zip(arguments, before, strict=True):
-        check_equal(argument, old, "an argument after the call")
+    call = "grouped_attention(q, k, v, mask)"
+    for name, argument, old in zip("qkv", arguments, before, strict=False):
+        check_close(argument, old, tolerance=0.0, of=f"{name} after {call}")
+    check_equal(arguments[-1], before[-1], "mask after the call", of=call)
 
 
 @given(st.sampled_from(HEADS), st.integers(1, 4), st.integers(1, 6), st.integers(0, 8))
-def test_a_kv_head_reaches_its_own_group_only(heads, num_queries, num_keys, changed):
+def test_grouped_attention_keeps_a_kv_head_to_its_own_group(heads, num_queries, num_keys, changed):
     changed %= heads[1]
     group = heads[0] // heads[1]
     q, k, v = qkv(heads, (2,), num_queries, num_keys, 6)
@@ -290,12 +295,12 @@ def test_causal_attend_keeps_padding_out():
     for row, length in enumerate(lengths):
         for x in (q, k, v):
             x[row, :, length:] = 1e4
+    rows = [(row, slice(None), slice(length)) for row, length in enumerate(lengths)]
+    alone = [head_by_head(q[r], k[r], v[r], staircase(r[-1].stop)) for r in rows]
     got = gqa.causal_attend(0, q, k, v)
     check_true(isinstance(got, Tensor) and got.shape == q.shape, "the result has not q's shape")
-    for row, length in enumerate(lengths):
-        real = (row, slice(None), slice(length))
-        alone = head_by_head(q[real], k[real], v[real], staircase(length))
-        check_close(got[real], alone, dtype=torch.float32)
+    for row, expected in zip(rows, alone, strict=True):
+        check_close(got[row], expected, dtype=torch.float32)
 
 
 def test_causal_attend_keeps_nothing_between_calls():
@@ -318,7 +323,7 @@ def test_block_has_the_parameters_of_the_checkpoint(qkv_bias, output_bias, norms
         )
 
 
-def test_block_has_no_biases_and_no_norms_unless_asked():
+def test_block_has_no_other_parameters_unless_asked():
     block = gqa.Attention(40, 4, 2, 6, HalfSplitRotary(6, 1e4), 0)
     names = [f"{part}_proj.weight" for part in "koqv"]
     check_equal(sorted(block.state_dict()), names, "the names of the parameters", of="Attention")
@@ -340,27 +345,27 @@ def expected_projections(block: nn.Module, x: Tensor, head_dim: int) -> list[Ten
 def test_project_makes_plain_heads(shape, leading):
     block = make_block(shape, **QWEN3_WITH_BIASES)
     x = random(*leading, 5, shape[0], seed=8)
-    expected = expected_projections(block, x, shape[3])
+    expected, of = expected_projections(block, x, shape[3]), of_block(shape, x)
     parts = block.project(x)
-    check_equal(len(parts), 3, "how many tensors project returns", of=words(shape))
+    check_equal(len(parts), 3, "how many tensors project returns", of=of)
     for name, part, want in zip("qkv", parts, expected, strict=True):
-        check_close(part, want, dtype=torch.float32, of=f"{name} of project, {of_block(shape, x)}")
+        check_close(part, want, dtype=torch.float32, of=f"project, for {name} of {of}")
 
 
 @pytest.mark.parametrize("norms", ["", "q", "k", "qk"], ids=lambda norms: f"norms={norms}")
 @pytest.mark.parametrize("leading", [(3,), (), (2, 2)], ids=str)
 @pytest.mark.parametrize("shape", BLOCKS[:3], ids=short)
-def test_attend_is_given_normed_and_rotated_heads(shape, leading, norms):
+def test_block_gives_attend_normed_and_rotated_heads(shape, leading, norms):
     block = make_block(shape, qkv_bias=True, output_bias=True, norms=norms)
     x = random(*leading, 6, shape[0], seed=8, scale=2.0)
     positions = torch.arange(6 * math.prod(leading)).reshape(*leading, 6).flip(-1) + 129
     of = of_block(shape, x, with_norms(norms))
+    q, k, v = expected_projections(block, x, shape[3])
     attend = RecordingAttend()
     got = block(x, positions, attend)
     check_equal(len(attend.calls), 1, "how often attend was called", of=of)
     layer_index, *given_parts = attend.calls[0]
     check_equal(layer_index, LAYER_INDEX, "attend's first argument", of=of)
-    q, k, v = expected_projections(block, x, shape[3])
     state = block.state_dict()
     if "q" in norms:
         q = rms_norm(q, (shape[3],), state["q_norm.weight"].double(), EPS)
@@ -368,14 +373,14 @@ def test_attend_is_given_normed_and_rotated_heads(shape, leading, norms):
         k = rms_norm(k, (shape[3],), state["k_norm.weight"].double(), EPS)
     q, k = HalfSplitRotary(*shape[3:])(q, k, positions)
     for name, part, want in zip("qkv", given_parts, (q, k, v), strict=True):
-        check_close(part, want, dtype=torch.float32, of=f"the {name} that attend is given by {of}")
+        check_close(part, want, dtype=torch.float32, of=f"what makes the {name} for attend in {of}")
     merged = torch.cat(attend.answer.unbind(-3), dim=-1).double()
     expected = linear(merged, state["o_proj.weight"].double(), state["o_proj.bias"].double())
     check_close(got, expected, dtype=torch.float32, of=f"what follows attend in {of}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_attend_is_given_the_dtype_of_x(dtype):
+def test_block_gives_attend_the_dtype_of_x(dtype):
     block = make_block(BLOCKS[0], **QWEN3_WITH_BIASES, dtype=dtype)
     x, positions = ragged_batch(BLOCKS[0][0], 4, dtype)
     of, attend = of_block(BLOCKS[0], x), RecordingAttend()
@@ -397,25 +402,25 @@ class RecordingRotary(nn.Module):
         return random(*q.shape, seed=21), random(*k.shape, seed=22)
 
 
-def test_rotary_is_called_once_and_its_result_is_used():
+def test_block_calls_rotary_once_and_uses_its_result():
     rotary, attend = RecordingRotary(), RecordingAttend()
     block = gqa.Attention(40, 6, 2, 10, rotary, 3)
     randomise(block)
     x, positions = ragged_batch(40, 5)
     of = "Attention with a rotary that records its calls"
+    q, k, v = expected_projections(block, x, 10)
     block(x, positions, attend)
     check_equal(len(rotary.calls), 1, "how often rotary was called", of=of)
-    q, k, v = expected_projections(block, x, 10)
     for name, part, want in zip("qk", rotary.calls[0], (q, k), strict=False):
-        check_close(part, want, dtype=torch.float32, of=f"{name} as given to rotary")
+        check_close(part, want, dtype=torch.float32, of=f"what makes the {name} for rotary in {of}")
     check_equal(rotary.calls[0][2], positions, "the positions given to rotary", of=of)
     _, *given_parts = attend.calls[0]
     rotated = random(*q.shape, seed=21), random(*k.shape, seed=22)
     for name, part, want in zip("qkv", given_parts, (*rotated, v), strict=True):
-        check_close(part, want, dtype=torch.float32, of=f"{name} as given to attend")
+        check_close(part, want, dtype=torch.float32, of=f"what makes the {name} for attend in {of}")
 
 
-def test_project_may_be_overridden():
+def test_block_of_a_class_that_overrides_a_method():
     shape = BLOCKS[0]
 
     class Doubled(gqa.Attention):
@@ -426,10 +431,10 @@ def test_project_may_be_overridden():
     randomise(block)
     attend, (x, positions) = RecordingAttend(), ragged_batch(shape[0], 4)
     block(x, positions, attend)
-    of = "a block whose class overrides project"
+    of = "what makes the v for attend in a block whose class overrides project"
     check_equal(len(attend.calls), 1, "how often attend was called", of=of)
     want = 2 * expected_projections(block, x, shape[3])[2]
-    check_close(attend.calls[0][3], want, dtype=torch.float32, of=f"v as given to attend by {of}")
+    check_close(attend.calls[0][3], want, dtype=torch.float32, of=of)
 
 
 @KINDS
@@ -454,7 +459,7 @@ def test_block_in_half_precision(dtype, kind):
 
 
 @KINDS
-def test_block_and_causal_attend_match_transformers(kind):
+def test_block_with_your_own_attend_matches_transformers(kind):
     shape = BLOCKS[3]
     block = make_block(shape, **kind)
     x, positions = ragged_batch(shape[0], 7)
@@ -493,14 +498,14 @@ def test_block_is_not_reached_by_padding(kind):
     for row, length in enumerate(lengths):
         x[row, length:] = 300.0
         positions[row, length:] = 0
+    rows = [(slice(row, row + 1), slice(length)) for row, length in enumerate(lengths)]
+    alone = [oracle_block(block, shape, x[real], positions[real]) for real in rows]
     got = block(x, positions, plain_attend)
     of = of_block(shape, x, f", padded on the right to 9 tokens from {lengths}")
     right = isinstance(got, Tensor) and got.shape == x.shape
     check_true(right, "the result has not x's shape", of=of)
-    for row, length in enumerate(lengths):
-        real = slice(row, row + 1), slice(length)
-        alone = oracle_block(block, shape, x[real], positions[real])
-        check_close(got[real], alone, dtype=torch.float32, of=of)
+    for real, expected in zip(rows, alone, strict=True):
+        check_close(got[real], expected, dtype=torch.float32, of=of)
 
 
 def test_block_keeps_nothing_between_calls():
@@ -519,8 +524,9 @@ def test_block_leaves_its_inputs_alone():
     x, positions = ragged_batch(BLOCKS[0][0], 5)
     before = x.clone(), positions.clone()
     block(x, positions, plain_attend)
-    for argument, old in zip((x, positions), before, strict=True):
-        check_equal(argument, old, "an argument after the call", of=of_block(BLOCKS[0], x))
+    of = of_block(BLOCKS[0], x)
+    check_close(x, before[0], tolerance=0.0, of=f"x after {of}")
+    check_equal(positions, before[1], "positions after the call", of=of)
 
 
 class Renamed(nn.Module):
@@ -537,7 +543,7 @@ class Renamed(nn.Module):
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "rotary", "q_norm", "k_norm")
 
 
-def test_modules_may_be_replaced():
+def test_block_uses_modules_that_were_replaced():
     shape = BLOCKS[0]
     block, other = (make_block(shape, **QWEN3_WITH_BIASES) for _ in range(2))
     with torch.no_grad():
@@ -553,7 +559,7 @@ def test_modules_may_be_replaced():
     check_close(got, expected, dtype=torch.float32, of=of)
 
 
-def test_narrower_projections_make_fewer_heads():
+def test_block_has_fewer_heads_when_its_weights_are_narrower():
     whole, part = (48, 8, 2, 20, 10.0), (48, 4, 1, 20, 10.0)
     block, other = make_block(whole, **QWEN3), make_block(part, **QWEN3)
     x, positions = ragged_batch(48, 6)

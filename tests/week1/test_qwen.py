@@ -137,7 +137,7 @@ def test_logits_match_transformers(family, seed):
     theirs = oracle_model(family, shape, seed)
     lengths = (11, 1, 6)
     input_ids = random_ids(shape["vocab_size"], 3, max(lengths), seed=seed)
-    logits = run(loaded(theirs, family, shape), input_ids)
+    logits = run(loaded(theirs, family, shape), input_ids.clone())
     for row, length in enumerate(lengths):
         # Its oracle never sees the padding on the right of a shorter sequence.
         expected = theirs(input_ids[row : row + 1, :length]).logits[0]
@@ -160,7 +160,7 @@ def test_logits_of_square_and_of_ragged_shapes(family, tied, shape):
 def test_logits_with_positions_that_jump(family):
     theirs = oracle_model(family, RAGGED)
     input_ids = random_ids(71, 3, 5)
-    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 9, 30, 31, 63], [5, 4, 3, 60, 0]])
+    positions = torch.tensor([[2, 0, 40, 41, 3], [7, 9, 30, 31, 63], [5, 4, 3, 60, 0]])
     expected = theirs(input_ids, torch.ones_like(input_ids), positions).logits
     got = run(loaded(theirs, family, RAGGED), input_ids, positions)
     check_close(got, expected, of=f"{family}, positions {positions.tolist()}")
@@ -197,8 +197,9 @@ def test_tokens_do_not_see_those_behind_them(data):
     model = loaded(theirs, "Qwen2", RAGGED)
     ids = data.draw(st.lists(st.integers(0, 70), min_size=2, max_size=12))
     length = data.draw(st.integers(1, len(ids) - 1))
+    expected = theirs(torch.tensor([ids])).logits[0]
     whole = run(model, torch.tensor(ids))
-    check_close(whole, theirs(torch.tensor([ids])).logits[0], of=f"input_ids: {ids}")
+    check_close(whole, expected, of=f"input_ids: {ids}")
     check_close(run(model, torch.tensor(ids[:length])), whole[:length], of=f"{ids[:length]}")
 
 
@@ -217,7 +218,7 @@ def test_half_precision(family, dtype):
     theirs = oracle_model(family, RAGGED).to(dtype)
     model = loaded(theirs, family, RAGGED)
     input_ids = random_ids(71, 2, 9)
-    hidden = model(input_ids, torch.arange(9).expand(2, 9), attend)
+    hidden = model(input_ids.clone(), torch.arange(9).expand(2, 9), attend)
     of = f"a {family} in {dtype}"
     check_equal(hidden.dtype, dtype, "the dtype of the hidden states", of=of)
     expected = theirs.float()(input_ids).logits
@@ -286,7 +287,7 @@ def test_modules_are_of_the_documented_kinds():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_tied_embeddings_are_one_parameter_before_and_after_loading(device):
+def test_load_weights_keeps_tied_embeddings_one_parameter(device):
     shape = RAGGED | {"tie_word_embeddings": True}
     with torch.device(device):
         model = qwen_lab.Qwen(make_config("Qwen2", shape))
@@ -312,7 +313,8 @@ def test_a_model_built_on_the_meta_device_is_whole_after_loading(family):
     check_equal(devices, {"meta"}, "where the parameters lie", of="Qwen(config) on meta")
     qwen_lab.load_weights(model, theirs.state_dict())
     input_ids = random_ids(71, 2, 6)
-    check_close(run(model, input_ids), theirs(input_ids).logits, of=f"{family}, built on meta")
+    expected = theirs(input_ids).logits
+    check_close(run(model, input_ids), expected, of=f"{family}, built on meta")
 
 
 def test_every_layer_tells_attend_its_own_index():
@@ -402,7 +404,8 @@ def test_a_module_that_was_replaced_is_used(path, tied):
     theirs_path = path if path == "lm_head" else f"model.{path}"
     theirs.set_submodule(theirs_path, Doubled(theirs.get_submodule(theirs_path)))
     input_ids = random_ids(71, 2, 5)
-    check_close(run(model, input_ids), theirs(input_ids).logits, of=f"another module as {path}")
+    expected = theirs(input_ids).logits
+    check_close(run(model, input_ids), expected, of=f"another module as {path}")
 
 
 class Constant(nn.Module):
@@ -456,7 +459,7 @@ def test_weights_follow_the_model_s_own_modules():
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loading_gives_every_parameter_its_tensor(family, device, tied):
+def test_load_weights_gives_every_parameter_its_tensor(family, device, tied):
     shape = SQUARE | {"tie_word_embeddings": tied}
     with torch.device(device):
         model = qwen_lab.Qwen(make_config(family, shape))
@@ -481,7 +484,8 @@ def test_a_checkpoint_folder_gives_the_same_logits(family, tmp_path):
     model = qwen_lab.load_model(tmp_path)
     input_ids = random_ids(shape["vocab_size"], 2, 8)
     what = f"a {family} of {shape}, saved and loaded"
-    check_close(run(model, input_ids), theirs(input_ids).logits, of=what)
+    expected = theirs(input_ids).logits
+    check_close(run(model, input_ids), expected, of=what)
 
 
 def test_loading_again_replaces_what_was_there():
@@ -489,10 +493,11 @@ def test_loading_again_replaces_what_was_there():
     model = loaded(first, "Qwen2", RAGGED)
     qwen_lab.load_weights(model, second.state_dict())
     input_ids = random_ids(71, 2, 5)
-    check_close(run(model, input_ids), second(input_ids).logits, of="a model loaded twice")
+    expected = second(input_ids).logits
+    check_close(run(model, input_ids), expected, of="a model loaded twice")
 
 
-def test_the_mapping_of_tensors_is_left_alone():
+def test_load_weights_leaves_the_mapping_alone():
     shape = SQUARE | {"tie_word_embeddings": True}
     tensors = oracle_model("Qwen2", shape).state_dict() | {"lm_head.weight": torch.zeros(24, 24)}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -500,7 +505,9 @@ def test_the_mapping_of_tensors_is_left_alone():
     qwen_lab.load_weights(model, MappingProxyType(tensors))
     check_equal(sorted(tensors), sorted(before), "the names after load_weights")
     for name, tensor in tensors.items():
-        check_equal(tensor, before[name], f"{name} after load_weights")
+        check_close(
+            tensor, before[name], tolerance=0.0, of=f"{name} given to load_weights, after it"
+        )
 
 
 @pytest.mark.parametrize("head", ["absent", "other values", "other shape"])
@@ -517,7 +524,8 @@ def test_a_tied_model_does_not_look_at_the_checkpoint_s_head(device, head):
     qwen_lab.load_weights(model, tensors)
     input_ids = random_ids(71, 2, 5)
     what = f"a tied model, lm_head.weight in the checkpoint: {head}"
-    check_close(run(model, input_ids), theirs(input_ids).logits, of=what)
+    expected = theirs(input_ids).logits
+    check_close(run(model, input_ids), expected, of=what)
 
 
 def check_refused(model: nn.Module, tensors: dict, mentions: list) -> None:
@@ -537,7 +545,7 @@ def check_refused(model: nn.Module, tensors: dict, mentions: list) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_all_that_is_wrong_with_a_checkpoint_is_named_at_once(device):
+def test_load_weights_names_all_that_is_wrong_at_once(device):
     tensors = oracle_model("Qwen2", RAGGED).state_dict()
     missing = ["model.norm.weight", "model.layers.1.self_attn.k_proj.bias", "lm_head.weight"]
     for name in missing:
@@ -574,7 +582,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name, shape", WRONG.values(), ids=list(WRONG))
-def test_a_checkpoint_that_does_not_fit_is_refused(name, shape):
+def test_load_weights_refuses_a_checkpoint_that_does_not_fit(name, shape):
     tensors = oracle_model("Qwen2", RAGGED).state_dict()
     if shape is None:
         del tensors[name]
@@ -583,14 +591,24 @@ def test_a_checkpoint_that_does_not_fit_is_refused(name, shape):
     check_refused(qwen_lab.Qwen(make_config("Qwen2", RAGGED)), tensors, [name])
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_load_weights_does_not_take_a_tied_head_for_the_embedding(device):
+    shape = RAGGED | {"tie_word_embeddings": True}
+    tensors = oracle_model("Qwen2", shape).state_dict()
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    with torch.device(device):
+        model = qwen_lab.Qwen(make_config("Qwen2", shape))
+    check_refused(model, tensors, ["model.embed_tokens.weight"])
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_an_empty_checkpoint_lacks_everything(tied):
+def test_load_weights_of_an_empty_checkpoint_names_everything(tied):
     shape = RAGGED | {"tie_word_embeddings": tied}
     names = [name for name, _ in oracle_model("Qwen3", shape).named_parameters()]
     check_refused(qwen_lab.Qwen(make_config("Qwen3", shape)), {}, names)
 
 
-def test_a_checkpoint_of_another_family_is_refused():
+def test_load_weights_refuses_a_checkpoint_of_another_family():
     tensors = oracle_model("Qwen3", RAGGED).state_dict()
     norms = [name for name in tensors if ".q_norm." in name or ".k_norm." in name]
     biases = [f"model.layers.{i}.self_attn.{p}_proj.bias" for i in range(3) for p in "qkv"]

@@ -1,8 +1,12 @@
-"""Grades week1/sampling: penalties, the distribution to draw from, seeded noise, the sampler."""
+"""Grades week1/sampling: penalties, the distribution to draw from, seeded noise, the sampler.
+
+A comment "case N" behind a test's name means case N of ENGINE.md.
+"""
 
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -63,7 +67,7 @@ def oracle_probabilities(logits, rows):
 def check_probabilities(logits, rows):
     """Hold the distributions against the oracle, and which tokens have none of it, exactly."""
     expected = torch.tensor(oracle_probabilities(logits, rows), dtype=torch.float64)
-    got = sampling_lab.token_probabilities(logits, *columns(rows))
+    got = sampling_lab.token_probabilities(logits.clone(), *columns(rows))
     check_close(got, expected, dtype=torch.float32)
     # What is below float32's range may come out as 0.
     clear = (expected == 0) | (expected > 1e-30)
@@ -74,22 +78,22 @@ def check_probabilities(logits, rows):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.7, 2.0, 100.0, 0.05])
 @pytest.mark.parametrize("batch, vocab_size", [(1, 1), (1, 7), (3, 50), (4, 1000)])
-def test_temperature_matches_float64(batch, vocab_size, temperature):
+def test_token_probabilities_by_temperature(batch, vocab_size, temperature):
     check_probabilities(scores(batch, vocab_size), [{"temperature": temperature}] * batch)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5, 19, 20, 21, 10**6])
-def test_top_k_matches_float64(top_k):
+def test_token_probabilities_by_top_k(top_k):
     check_probabilities(scores(3, 20), [{"top_k": top_k, "temperature": t} for t in (1, 0.3, 3)])
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.9, 0.99, 0.9999])
-def test_top_p_matches_float64(top_p):
+def test_token_probabilities_by_top_p(top_p):
     check_probabilities(scores(3, 40), [{"top_p": top_p, "temperature": t} for t in (1, 0.3, 3)])
 
 
 @pytest.mark.parametrize("min_p", [1e-6, 0.02, 0.3, 0.999, 1.0])
-def test_min_p_matches_float64(min_p):
+def test_token_probabilities_by_min_p(min_p):
     check_probabilities(scores(3, 40), [{"min_p": min_p, "temperature": t} for t in (1, 0.3, 3)])
 
 
@@ -107,26 +111,27 @@ MIXED = [
 
 
 @pytest.mark.parametrize("vocab_size", [13, 130])
-def test_case_21_every_row_has_its_own_parameters(vocab_size):
+def test_token_probabilities_of_rows_with_their_own_parameters(vocab_size):  # case 21
     check_probabilities(scores(len(MIXED), vocab_size, seed=4), MIXED)
     check_probabilities(scores(len(MIXED), vocab_size, seed=5), MIXED[::-1])
 
 
 @pytest.mark.parametrize("row", range(len(MIXED)))
-def test_case_15_a_row_alone_equals_the_row_in_a_batch(row):
+def test_token_probabilities_of_a_row_alone_and_in_a_batch(row):  # case 15
     logits = scores(len(MIXED), 64, seed=6)
-    together = sampling_lab.token_probabilities(logits, *columns(MIXED))
+    together = sampling_lab.token_probabilities(logits.clone(), *columns(MIXED))
     alone = sampling_lab.token_probabilities(logits[row : row + 1], *columns(MIXED[row : row + 1]))
     check_close(alone, together[row : row + 1])
 
 
 @pytest.mark.parametrize("row", range(len(MIXED)))
-def test_case_15_other_rows_parameters_do_not_move_a_bit(row):
+def test_token_probabilities_stay_whatever_other_rows_ask_for(row):  # case 15
     logits = scores(len(MIXED), 200, seed=7)
-    together = sampling_lab.token_probabilities(logits, *columns(MIXED))
+    together = sampling_lab.token_probabilities(logits.clone(), *columns(MIXED))
     others = [MIXED[row] if i == row else {"temperature": 0.5} for i in range(len(MIXED))]
     alone = sampling_lab.token_probabilities(logits, *columns(others))
-    check_equal(alone[row], together[row], f"row {row}, when no other row has a filter")
+    of = f"row {row} of token_probabilities, when no other row has a filter"
+    check_close(alone[row], together[row], tolerance=0.0, of=of)
 
 
 def by_probability(*probabilities):
@@ -152,7 +157,7 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("case", FILTERS)
-def test_filters_by_hand(case):
+def test_token_probabilities_of_filters_by_hand(case):
     probabilities, row, kept = FILTERS[case]
     logits = by_probability(*probabilities)
     power = 1 / row.get("temperature", 1.0)
@@ -177,7 +182,7 @@ def test_filters_by_hand(case):
     ids=str,
 )
 @pytest.mark.parametrize("value", [0.0, -3.5, 10_000.0])
-def test_of_equally_likely_tokens_the_lower_id_ranks_first(value, row, kept):
+def test_token_probabilities_of_ties_where_the_lower_id_ranks_first(value, row, kept):
     rows = [row, {**row, "temperature": row.get("temperature", 2.0)}, {}]
     expected = torch.zeros(3, 8)
     expected[:2, :kept] = 1 / kept
@@ -187,14 +192,14 @@ def test_of_equally_likely_tokens_the_lower_id_ranks_first(value, row, kept):
     check_equal(got > 0, expected > 0, "which tokens may be drawn")
 
 
-def test_ties_among_many_tokens():
+def test_token_probabilities_of_ties_among_many_tokens():
     # A sort that is not stable keeps short rows in order by accident.
     logits = scores(3, 3000, seed=8).round()
     check_probabilities(logits, [{"top_k": 40}, {"top_k": 1000, "top_p": 0.35}, {"top_k": 1}])
 
 
 @pytest.mark.parametrize("row", MIXED, ids=str)
-def test_tokens_that_are_not_allowed_stay_out(row):
+def test_token_probabilities_of_tokens_that_are_not_allowed(row):
     logits = scores(4, 20, seed=9)
     logits[0, 5:] = -INF
     logits[1, :19] = -INF
@@ -203,15 +208,22 @@ def test_tokens_that_are_not_allowed_stay_out(row):
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-20, 1e-40])
-def test_case_21_tiny_temperatures(temperature):
+def test_token_probabilities_at_tiny_temperatures(temperature):  # case 21
     logits = torch.tensor([[3.0, 1.0, 2.0, -4.0], [2.0, 5.0, -1.0, 5.0], [-9.0, -INF, -8.0, -INF]])
     for row in ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.5}, {"top_k": 9, "top_p": 0.2}):
         check_probabilities(logits, [{**row, "temperature": temperature}] * 3)
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-20])
+def test_token_probabilities_of_close_scores_at_tiny_temperatures(temperature):
+    # Neighbours in the third case: no two float32 numbers of this size are closer together.
+    logits = torch.tensor([[1.0, 1.00001], [-2.00001, -2.0], [1.0, 1.0000001]])
+    check_probabilities(logits, [{"temperature": temperature}] * 3)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-4, 0.5, 1.0, 64.0])
 @pytest.mark.parametrize("scale", [1e4, -1e4, 1e8, 3e38])
-def test_case_21_scores_of_any_magnitude(scale, temperature):
+def test_token_probabilities_of_scores_of_any_magnitude(scale, temperature):  # case 21
     steps = torch.tensor([[0.5, 0.25, -1.0, 0.125, 1.0], [1.0, 1.0, 0.0, -0.5, 1.0]])
     rows = [{"temperature": temperature, "top_p": 0.9}, {"temperature": temperature}]
     check_probabilities(steps * scale, rows)
@@ -219,9 +231,9 @@ def test_case_21_scores_of_any_magnitude(scale, temperature):
         check_probabilities(torch.tensor([[0.0, 1.5, 3.0, 2.25]] * 2) + scale, rows)
 
 
-def test_case_21_parameters_that_are_off_change_nothing():
+def test_token_probabilities_with_parameters_that_are_off():  # case 21
     logits = scores(3, 30, seed=10)
-    plain = sampling_lab.token_probabilities(logits, *columns([{"temperature": 0.8}] * 3))
+    plain = sampling_lab.token_probabilities(logits.clone(), *columns([{"temperature": 0.8}] * 3))
     rows = [
         {"temperature": 0.8, "top_k": 30},
         {"temperature": 0.8, "top_k": 31, "top_p": 1.0},
@@ -230,14 +242,14 @@ def test_case_21_parameters_that_are_off_change_nothing():
     check_close(sampling_lab.token_probabilities(logits, *columns(rows)), plain)
 
 
-def test_top_p_of_one_keeps_the_rarest_token():
+def test_token_probabilities_keep_the_rarest_token_at_top_p_1():
     logits = torch.tensor([[20.0, 0.0, -30.0, -5.0]] * 3)
     rows = [{"top_p": 1.0}, {"top_p": 1.0, "top_k": 4}, {"top_p": 0.5}]
     check_probabilities(logits, rows)
 
 
 @pytest.mark.parametrize("row", MIXED, ids=str)
-def test_case_21_temperature_0_takes_the_most_likely_token(row):
+def test_token_probabilities_at_temperature_0(row):  # case 21
     logits = scores(3, 25, seed=11)
     logits[1, [4, 9]] = 50.0
     expected = torch.zeros(3, 25)
@@ -250,7 +262,7 @@ def test_case_21_temperature_0_takes_the_most_likely_token(row):
 
 @settings(max_examples=150)
 @given(st.data())
-def test_any_parameters_match_float64(data):
+def test_token_probabilities_of_any_parameters(data):
     batch, vocab_size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 24))
     logits = scores(batch, vocab_size, seed=data.draw(st.integers(0, 10**6)), scale=3.0)
     row = st.fixed_dictionaries(
@@ -266,7 +278,7 @@ def test_any_parameters_match_float64(data):
     check_probabilities(logits, rows)
 
 
-def test_token_probabilities_leaves_its_arguments_alone():
+def test_token_probabilities_leave_their_arguments_alone():
     logits = scores(len(MIXED), 20, seed=12)
     arguments = [logits, *columns(MIXED)]
     before = [argument.clone() for argument in arguments]
@@ -274,7 +286,7 @@ def test_token_probabilities_leaves_its_arguments_alone():
     for name, old, new in zip(
         ("logits", "temperature", "top_k", "top_p", "min_p"), before, arguments, strict=True
     ):
-        check_equal(new, old, f"{name} after the call")
+        check_close(new, old, tolerance=0.0, of=f"{name} after token_probabilities")
 
 
 def params(**values):
@@ -373,7 +385,8 @@ def test_penalties_leave_their_arguments_alone(values):
     before = logits.clone()
     got = sampling_lab.apply_penalties(logits, prompt_ids, output_ids, params(**values))
     got.fill_(7.0)
-    check_equal(logits, before, "logits after the call, when the result is written to")
+    of = "logits after apply_penalties, when its result is written to"
+    check_close(logits, before, tolerance=0.0, of=of)
     check_equal((prompt_ids, output_ids), ([3, 3, 1], [5, 5, 1]), "the ids after the call")
 
 
@@ -447,7 +460,7 @@ STREAMS = {
 
 @pytest.mark.parametrize("distribution", ["skewed", "with zeros"])
 @pytest.mark.parametrize("stream", STREAMS)
-def test_tokens_come_out_with_their_probabilities(stream, distribution):
+def test_draw_follows_the_probabilities(stream, distribution):
     probabilities = torch.tensor(DISTRIBUTIONS[distribution])
     seeds, positions = STREAMS[stream](NUM_DRAWS)
     tokens = draw(probabilities, seeds, positions)
@@ -457,7 +470,7 @@ def test_tokens_come_out_with_their_probabilities(stream, distribution):
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_every_distribution_comes_out(distribution):
+def test_draw_from_every_distribution(distribution):
     probabilities = torch.tensor(DISTRIBUTIONS[distribution])
     tokens = draw(probabilities, constant(5, NUM_DRAWS), torch.arange(NUM_DRAWS))
     counts = torch.bincount(tokens, minlength=len(probabilities))
@@ -474,7 +487,7 @@ NEIGHBOURS = [(0, 1), (1, 0), (1, -1), (1, 1), (2, -2), (1, -31), (1, -1000), (2
 
 @pytest.mark.parametrize("along", ["positions", "seeds"])
 @pytest.mark.parametrize("seed_step, position_step", NEIGHBOURS)
-def test_neighbours_are_independent(seed_step, position_step, along):
+def test_draw_of_neighbours_is_independent(seed_step, position_step, along):
     size, count = 8, 1500
     line, still = 2 * torch.arange(count) + 2000, constant(4242, count)
     seeds, positions = (still, line) if along == "positions" else (line, still)
@@ -487,7 +500,7 @@ def test_neighbours_are_independent(seed_step, position_step, along):
     check_counts(pairs, torch.full((size * size,), count / size**2), of)
 
 
-def test_case_15_a_draw_does_not_depend_on_its_batch():
+def test_draw_does_not_depend_on_its_batch():  # case 15
     count, vocab_size = 40, 30
     rows = torch.softmax(scores(count, vocab_size, seed=3), dim=-1)
     seeds = torch.arange(count) % 7 + 2**40
@@ -504,7 +517,7 @@ def test_case_15_a_draw_does_not_depend_on_its_batch():
         check_equal(alone, together[one], f"the token of row {row} alone")
 
 
-def test_case_15_a_draw_does_not_depend_on_calls_before_or_on_the_global_generator():
+def test_draw_does_not_depend_on_calls_before_or_on_the_global_generator():  # case 15
     rows = torch.full((50, 20), 1 / 20)
     seeds, positions = torch.arange(50), torch.arange(50) % 5
     torch.manual_seed(1)
@@ -517,7 +530,7 @@ def test_case_15_a_draw_does_not_depend_on_calls_before_or_on_the_global_generat
     check_equal(sampling_lab.draw(rows, seeds, positions), first, "the tokens of the same call")
 
 
-def test_a_draw_leaves_the_global_generators_alone():
+def test_draw_leaves_the_global_generators_alone():
     torch.manual_seed(1)
     state, python_state = torch.get_rng_state(), random.getstate()
     sampling_lab.draw(torch.full((50, 20), 1 / 20), torch.arange(50), torch.arange(50))
@@ -525,18 +538,32 @@ def test_a_draw_leaves_the_global_generators_alone():
     check_true(random.getstate() == python_state, "Python's global generator was used")
 
 
-def test_rows_of_one_batch_have_their_own_distributions():
+def test_draw_of_rows_with_their_own_distributions():
     count = 2500
     kinds = torch.tensor([[0.7, 0.2, 0.1, 0.0], [0.0, 0.1, 0.2, 0.7], [0.25, 0.25, 0.25, 0.25]])
     which = torch.arange(3 * count) % 3
     tokens = sampling_lab.draw(kinds[which], constant(8, 3 * count), torch.arange(3 * count))
     for kind in range(3):
         counts = torch.bincount(tokens[which == kind], minlength=4)
-        of = f"every third of {3 * count} rows, drawn from {kinds[kind].tolist()}"
+        probabilities = ", ".join(f"{share:g}" for share in kinds[kind].tolist())
+        of = f"every third of {3 * count} rows, drawn from {probabilities}"
         check_counts(counts, kinds[kind] * count, of)
 
 
-def test_tokens_of_probability_0_are_never_drawn():
+def test_draw_has_noise_for_a_large_vocabulary():
+    """Hold the draws to reaching every id: noise of 16 bits has 65,536 values, one for 4 ids."""
+    vocab_size, count, size = 2**18, 128, 8
+    even = torch.full((size, vocab_size), 1 / vocab_size)
+    places = torch.arange(count).split(size)
+    tokens = torch.cat([sampling_lab.draw(even, constant(21, size), rows) for rows in places])
+    # Whichever way the ids that are left out lie: which sixteenth of the vocabulary, which of 4.
+    pairs = torch.bincount(tokens * 16 // vocab_size * 4 + tokens % 4, minlength=64)
+    of = f"{count} draws from {vocab_size:,} equally likely ids, by (id // {vocab_size // 16:,}, "
+    of += "id % 4)"
+    check_counts(pairs, torch.full((64,), count / 64), of)
+
+
+def test_draw_never_takes_a_token_of_probability_0():
     vocab_size, count = 500, 3000
     rows = torch.zeros(count, vocab_size)
     allowed = torch.randint(vocab_size, (count, 3), generator=torch.Generator().manual_seed(5))
@@ -556,13 +583,14 @@ def test_draw_returns_one_id_a_row(batch, vocab_size):
     check_equal(tokens, expected, "the only possible tokens")
 
 
-def test_a_draw_leaves_its_arguments_alone():
+def test_draw_leaves_its_arguments_alone():
     rows = torch.softmax(scores(6, 12), dim=-1)
     seeds, positions = torch.arange(6) + 2**50, torch.arange(6)
     before = rows.clone(), seeds.clone(), positions.clone()
     sampling_lab.draw(rows, seeds, positions)
     names = ("probabilities", "seeds", "positions")
-    for name, old, new in zip(names, before, (rows, seeds, positions), strict=True):
+    check_close(rows, before[0], tolerance=0.0, of="probabilities after draw")
+    for name, old, new in zip(names[1:], before[1:], (seeds, positions), strict=True):
         check_equal(new, old, f"{name} after the call")
 
 
@@ -591,25 +619,26 @@ def sampler_oracle(logits, token_ids, num_prompt_tokens, values):
 
 
 @pytest.mark.parametrize("values", SAMPLERS, ids=str)
-@pytest.mark.parametrize("num_prompt_tokens", [1, 4, 9])
-def test_sampler_draws_after_penalties_and_filters(num_prompt_tokens, values):
+# With a prompt of one token, the last place and the length of the output are the same number.
+@pytest.mark.parametrize("num_prompt_tokens", [3, 5, 9])
+def test_sampler_takes_every_step_of_the_contract(num_prompt_tokens, values):
     sampler = sampling_lab.Sampler(params(**values), num_prompt_tokens)
     of = f"Sampler({values}, num_prompt_tokens={num_prompt_tokens})"
     for length in range(num_prompt_tokens, len(HISTORY) + 1):
         for seed in range(6):
             logits = scores(24, seed=100 * length + seed)
             expected = sampler_oracle(logits, HISTORY[:length], num_prompt_tokens, values)
-            got = sampler(logits, HISTORY[:length])
+            got = sampler(logits.clone(), HISTORY[:length])
             what = f"the token after {HISTORY[:length]}"
             check_equal(got, expected, what, of=of)
 
 
-def test_sampler_draws_with_its_probabilities():
+def test_sampler_follows_the_probabilities():
     probabilities = torch.tensor([0.45, 0.25, 0.15, 0.1, 0.05])
-    sampler = sampling_lab.Sampler(params(seed=3), 1)
+    sampler = sampling_lab.Sampler(params(seed=3), 3)
     count = 600
-    history = [0] * (count + 1)
-    tokens = [sampler(probabilities.log(), history[:length]) for length in range(1, count + 1)]
+    history = [0] * (count + 3)
+    tokens = [sampler(probabilities.log(), history[:length]) for length in range(3, count + 3)]
     counts = torch.bincount(torch.tensor(tokens), minlength=5)
     check_counts(counts, probabilities * count, f"{count} tokens of one sampler")
 
@@ -635,31 +664,51 @@ def test_sampler_tells_the_prompt_from_the_output():
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_sampler_keeps_the_seed_it_is_given(seed):
-    sampler = sampling_lab.Sampler(params(seed=seed), 1)
+    sampler = sampling_lab.Sampler(params(seed=seed), 3)
     check_equal(sampler.seed, seed, "seed", of=f"Sampler(seed={seed})")
 
 
-def test_samplers_without_a_seed_differ():
-    samplers = [sampling_lab.Sampler(params(), 1) for _ in range(20)]
-    of = "20 times Sampler(SamplingParams(seed=None), 1)"
+def test_sampler_without_a_seed_takes_one_of_its_own():
+    samplers = [sampling_lab.Sampler(params(), 3) for _ in range(20)]
+    of = "20 times Sampler(SamplingParams(seed=None), 3)"
     seeds = [sampler.seed for sampler in samplers]
     check_true(all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds), f"{seeds}", of=of)
     check_equal(len(set(seeds)), 20, "how many seeds differ", of=of)
     logits = torch.zeros(50)
-    texts = {tuple(sampler(logits, [0] * n) for n in range(1, 12)) for sampler in samplers}
+    texts = {tuple(sampler(logits, [0] * n) for n in range(3, 14)) for sampler in samplers}
     check_equal(len(texts), 20, "how many of the drawn sequences differ", of=of)
 
 
-def test_case_15_samplers_with_the_same_seed_agree():
-    one, two = (sampling_lab.Sampler(params(seed=77), 2) for _ in range(2))
+def seed_after_seeding(value):
+    """The seed that a sampler takes when every global generator has been seeded."""
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return sampling_lab.Sampler(params(), 3).seed
+
+
+def test_sampler_without_a_seed_ignores_the_global_generators():
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            one, two = seed_after_seeding(5), seed_after_seeding(5)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+    of = "Sampler(SamplingParams(seed=None), 3), twice after seeding random, NumPy and torch"
+    check_true(one != two, f"both have the seed {one}", of=of)
+
+
+def test_sampler_of_the_same_seed_chooses_the_same():  # case 15
+    one, two = (sampling_lab.Sampler(params(seed=77), 3) for _ in range(2))
     of = "two samplers with seed 77"
-    history, expected = [1, 2], []
+    history, expected = [1, 2, 0], []
     for step in range(12):
         expected.append(one(scores(30, seed=step), history))
         history = [*history, expected[-1]]
     for step in reversed(range(12)):
         torch.manual_seed(step)
-        again = two(scores(30, seed=step), history[: 2 + step])
+        again = two(scores(30, seed=step), history[: 3 + step])
         check_equal(
             again, expected[step], f"the token of step {step}, steps taken backwards", of=of
         )
@@ -673,5 +722,5 @@ def test_sampler_leaves_its_arguments_alone():
     token_id = sampling_lab.Sampler(params(**values), 2)(logits, history)
     of = f"Sampler({values})"
     check_equal(type(token_id), int, "the type of what it returns", of=of)
-    check_equal(logits, before, "logits after the call", of=of)
+    check_close(logits, before, tolerance=0.0, of=f"logits after {of} was called")
     check_equal(history, [1, 2, 3, 3], "token_ids after the call", of=of)
