@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     lint.add_argument("file", help="Markdown with ## Tutor and ## Learner turns")
     lint.add_argument("--json", action="store_true", help="print one JSON object")
+    notebooks = word("notebooks", _notebooks, "write nbgrader's source notebooks", "week1/rope")
+    notebooks.add_argument("labs", nargs="*", help="week1, week1/rope; nothing means every lab")
+    notebooks.add_argument("--out", metavar="DIR", help="where; exercises/source by default")
     site = word("site", _site, "build the book as a site in site/", "--serve")
     site.add_argument("--serve", action="store_true", help="show it, and follow what is edited")
     model = word("model", _model, "make the default model ready, or check it", "fetch")
@@ -221,6 +224,16 @@ def _lint_transcript(options: argparse.Namespace) -> int:
     from course import transcripts
 
     return transcripts.lint(Path(options.file), as_json=options.json)
+
+
+def _notebooks(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from course import notebooks
+    from course.labs import all_labs
+
+    labs = [lab for text in options.labs for lab in find_labs(text)] or all_labs()
+    return notebooks.write(labs, Path(options.out) if options.out else None)
 
 
 def _site(options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from course import mutants, replay
 from course.evidence import is_same, is_strong
-from course.grading import Evidence
+from course.grading import Evidence, OutOfTime
 from course.labs import Lab
 
 SECONDS_PER_TEST = 1.0
@@ -50,7 +50,8 @@ class _Case:
     tests: list[_Test] = field(default_factory=list)
     matches: dict[str, set[str]] = field(default_factory=dict)
     refuted: set[str] = field(default_factory=set)
-    agreed: set[tuple[str, str]] = field(default_factory=set)
+    seen: set[tuple[str, str]] = field(default_factory=set)
+    incomparable: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Diagnosis:
@@ -102,14 +103,15 @@ class Diagnosis:
 
     def _named(self, lab: Lab, ranked: Sequence[str]) -> list[str]:
         case = self._cases[lab]
-        failures = {test.name for test in case.tests if test.evidence is not None}
-        strong = {t.name for t in case.tests if t.evidence is not None and is_strong(t.evidence)}
-        standing = [
-            mutant
-            for mutant in ranked
-            if mutant not in case.refuted
-            and (case.matches[mutant] & strong or case.matches[mutant] == failures)
-        ]
+        failed = {test.name: test.evidence for test in case.tests if test.evidence is not None}
+        strong = {name for name, evidence in failed.items() if is_strong(evidence)}
+
+        def stands(mutant: str) -> bool:
+            explained = case.matches[mutant]
+            comparable = {name for name in failed if (mutant, name) not in case.incomparable}
+            return bool(explained & strong) or explained >= comparable
+
+        standing = [name for name in ranked if name not in case.refuted and stands(name)]
         most = max((len(case.matches[mutant]) for mutant in standing), default=0)
         best = [mutant for mutant in standing if len(case.matches[mutant]) == most]
         return _in_order(lab, best) if len(best) <= MAX_NAMED else []
@@ -136,13 +138,16 @@ class Diagnosis:
         """Run a failed test against a mutant; notes and returns whether it fails alike."""
         try:
             found = self._outcome(lab, mutant, test, until)
-        except replay.NotKnown:
+        except OutOfTime:
+            return False
+        except replay.NotComparable:
+            self._cases[lab].incomparable.add((mutant, test.name))
             return False
         if found is None or not is_same(found, test.evidence):
             return False
         case = self._cases[lab]
         case.matches.setdefault(mutant, set()).add(test.name)
-        case.agreed.add((mutant, test.name))
+        case.seen.add((mutant, test.name))
         return True
 
     def _check(self, lab: Lab, mutant: str, until: float) -> None:
@@ -151,17 +156,20 @@ class Diagnosis:
         for test in sorted(case.tests, key=lambda test: test.seconds):
             if mutant in case.refuted or time.perf_counter() >= until:
                 return
-            if (mutant, test.name) in case.agreed:
+            if (mutant, test.name) in case.seen:
                 continue
             try:
                 found = self._outcome(lab, mutant, test, until)
-            except replay.NotKnown:
+            except OutOfTime:
+                continue
+            except replay.NotComparable:
+                case.incomparable.add((mutant, test.name))
                 continue
             if found is not None and test.evidence is not None and is_same(found, test.evidence):
                 case.matches.setdefault(mutant, set()).add(test.name)
             elif found is not None:
                 case.refuted.add(mutant)
-            case.agreed.add((mutant, test.name))
+            case.seen.add((mutant, test.name))
 
     def _outcome(self, lab: Lab, mutant: str, test: _Test, until: float) -> Evidence | None:
         start = time.perf_counter()

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import itertools
 import math
+import random
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +99,12 @@ class Session:
 
 
 session = Session()
+
+
+def seed_everything() -> None:
+    """Start the global generators anew, so that a test gives the same result when it runs again."""
+    random.seed(0)
+    torch.manual_seed(0)
 
 
 class GradedLab:
@@ -490,6 +497,8 @@ def evidence(error: BaseException) -> Evidence | None:
         return None
     if isinstance(error, NotImplementedError) and _is_not_written(error):
         return None
+    if type(error).__module__.startswith("hypothesis."):
+        return None  # such as an example that was drawn step by step and cannot be drawn again
     frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_suite(f.filename)]
     line = frames[-1].lineno or 0 if frames else 0
     if isinstance(error, GradedFailure):

@@ -156,6 +156,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     if not (session.tree and lab_of(item)):
         return (yield)
     session.last_call, session.num_calls = "", 0
+    grading.seed_everything()
     streams, leave = (sys.stdout, sys.stderr), os._exit
     sys.stdout, sys.stderr = map(_LimitedStream, streams)
     # It would end the run with a status that looks like success.

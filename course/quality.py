@@ -6,9 +6,7 @@ from course import files, mutants, transcripts
 from course.labs import ROOT, WEEKS, Lab, all_labs
 
 PAGE = ROOT / "tests" / "QUALITY.md"
-_BEGIN = (
-    "<!-- Written by `course mutants --report`: what the suites said when measured. -->"
-)
+_BEGIN = "<!-- Written by `course mutants --report`: what the suites said when measured. -->"
 _END = "<!-- End of what was written. -->"
 _HEAD = """# How well the suites grade
 
