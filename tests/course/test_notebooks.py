@@ -28,6 +28,8 @@ def nbgrader(folder: Path, *words: str) -> str:
     """Run nbgrader in a course root of its own; returns what it printed."""
     environment = {
         **os.environ,
+        # nbgrader starts alembic by its name alone, as in an active environment.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "OMP_NUM_THREADS": "1",
         "PYTEST_ADDOPTS": f"--seconds-per-test={SECONDS_PER_TEST}",
         "JUPYTER_CONFIG_DIR": str(folder / ".jupyter"),

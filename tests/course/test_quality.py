@@ -60,6 +60,9 @@ def test_the_weeks_page_shows_what_the_suites_say(week):
 
 
 def test_the_report_refuses_stale_measurements(tree):
+    for week in WEEKS:
+        text = quality.week_page(week).read_text(encoding="utf-8")
+        tree.write(f"sessions/{week}/README.md", text)
     source = tree.read("solutions/week1/rope.py")
     tree.write("solutions/week1/rope.py", source.replace("Tabulate", "List"))
     result = tree.run("course", "mutants", "--report")
@@ -68,6 +71,7 @@ def test_the_report_refuses_stale_measurements(tree):
     tree.write("solutions/week1/rope.py", source)
     assert tree.run("course", "mutants", "--report").returncode == 0
     assert tree.read("tests/QUALITY.md") == quality.page()
+    assert tree.read("sessions/week1/README.md") == quality.with_examples("week1")
 
 
 def test_a_refused_alternative_is_red(tree):
