@@ -1,6 +1,7 @@
 """What nbgrader reads when it runs in this folder."""
 
 import os
+import sys
 from pathlib import Path
 
 from nbgrader import preprocessors
@@ -56,5 +57,7 @@ c.OverwriteCells.add_missing_cells = True
 # those; a cell may need two runs.
 c.Execute.timeout = 300
 # The kernels import `course`, wherever nbgrader is called from.
+# nbgrader starts alembic by its name alone; it lies beside the interpreter.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -16,6 +16,8 @@ import yaml
 from course import labs, mutants, notebooks, notes, stubs
 from course.labs import ROOT, Lab, all_labs, find_labs
 
+# The class is made once, so one worker takes all that reads it.
+pytestmark = pytest.mark.xdist_group("notebooks")
 CONFIG = ROOT / "exercises" / "nbgrader_config.py"
 WORKFLOW = ROOT / ".github" / "workflows" / "classroom.yml"
 ROPE = Lab("week1", "rope")
@@ -28,8 +30,6 @@ def nbgrader(folder: Path, *words: str) -> str:
     """Run nbgrader in a course root of its own; returns what it printed."""
     environment = {
         **os.environ,
-        # nbgrader starts alembic by its name alone, as in an active environment.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "OMP_NUM_THREADS": "1",
         "PYTEST_ADDOPTS": f"--seconds-per-test={SECONDS_PER_TEST}",
         "JUPYTER_CONFIG_DIR": str(folder / ".jupyter"),
