@@ -278,7 +278,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
         asked = diagnosis.words(lab, beliefs)
         report.longrepr = grading.render(lab, item.name, text, asked)
         report.sections = [(title, _tail(content)) for title, content in report.sections]
-    if call.when == "call" and report.passed:
+    is_followed = not item.config.getoption("--no-diagnosis")
+    if call.when == "call" and report.passed and is_followed:
         _diagnosis(item.config).note_passed(lab, item.name, _replay(item, False), call.duration)
     verdict = {"lab": lab.name, "kind": kind, "text": text, "asked": asked, "beliefs": beliefs}
     report.user_properties.append((PROPERTY, verdict))
@@ -299,7 +300,9 @@ def _beliefs(item: pytest.Item, error: BaseException, lab: Lab, seconds: float) 
 
 
 def _diagnosis(config: pytest.Config) -> diagnosis.Diagnosis:
-    return config.stash.setdefault(_current, diagnosis.Diagnosis(_TimeLimit))
+    if _current not in config.stash:
+        config.stash[_current] = diagnosis.Diagnosis(_TimeLimit)
+    return config.stash[_current]
 
 
 _current: pytest.StashKey[diagnosis.Diagnosis] = pytest.StashKey()

@@ -115,24 +115,26 @@ def test_two_beliefs_are_told_apart_by_a_question(graded):
     assert "What is sin 0?" not in output
 
 
-def test_a_belief_whose_mutant_fails_what_the_learner_passes_is_not_named(tree, graded):
-    tree.write("tests/week1/test_rope.py", SUITE + SUITE_OF_ONE_PAIR)
-    # Wrong for four dimensions as the misconception is, and right for two.
-    learner = "(theta**exponents if head_dim > 2 else theta**-exponents)"
+def let_the_mutant_fail_for_one_pair_as_well(tree) -> None:
+    """Add a test of two dimensions, and make the mutant of `speeds-grow` wrong there, too."""
     wide = "theta**(exponents if head_dim > 2 else exponents + 1)"
     table = TABLE.replace('with = "theta**exponents"', f'with = "{wide}"')
+    tree.write("tests/week1/test_rope.py", SUITE + SUITE_OF_ONE_PAIR)
     tree.write("tests/week1/misconceptions/rope.toml", table)
+
+
+def test_a_belief_whose_mutant_fails_what_the_learner_passes_is_not_named(tree, graded):
+    let_the_mutant_fail_for_one_pair_as_well(tree)
+    # Wrong for four dimensions as the misconception is, and right for two.
+    learner = "(theta**exponents if head_dim > 2 else theta**-exponents)"
     output, grade = graded("theta**-exponents", learner)
     assert grade["failed"] == 1 and grade["beliefs"] == []
     assert "Which pair is the fastest?" not in output
 
 
 def test_a_belief_that_fails_differently_elsewhere_is_not_named(tree, graded):
-    tree.write("tests/week1/test_rope.py", SUITE + SUITE_OF_ONE_PAIR)
+    let_the_mutant_fail_for_one_pair_as_well(tree)
     learner = "theta**(exponents if head_dim > 2 else exponents + 2)"
-    wide = "theta**(exponents if head_dim > 2 else exponents + 1)"
-    table = TABLE.replace('with = "theta**exponents"', f'with = "{wide}"')
-    tree.write("tests/week1/misconceptions/rope.toml", table)
     _, grade = graded("theta**-exponents", learner)
     assert grade["failed"] >= 2 and grade["beliefs"] == []
 
