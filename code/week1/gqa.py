@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from week1.attention import attention, causal_mask, merge_heads, split_heads

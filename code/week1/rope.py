@@ -61,4 +61,7 @@ class Rotary(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         self.table = self.table.to(q.device)
-        return apply_rotary(q, positions, self.table), apply_rotary(k, positions, self.table)
+        # Together, so that positions are checked and looked up once a layer.
+        num_heads = q.shape[-3]
+        both = apply_rotary(torch.cat((q, k), dim=-3), positions, self.table)
+        return both[..., :num_heads, :, :], both[..., num_heads:, :, :]

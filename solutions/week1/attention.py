@@ -17,12 +17,12 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     of −inf gets the weight 0; where every score along `dim` is −inf, every weight is 0.
     """
     scores = _at_least_float32(x)
-    peak = scores.amax(dim, keepdim=True)
     # An all −inf slice has the peak −inf, and −inf − (−inf) would be NaN.
-    weights = torch.exp(scores - peak.masked_fill(peak == -math.inf, 0.0))
+    peak = scores.amax(dim, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = (scores - peak).exp_()
     total = weights.sum(dim, keepdim=True)
     # The largest score alone adds 1, so only an all −inf slice, whose weights are 0, is below it.
-    return (weights / total.clamp(min=1.0)).to(x.dtype)
+    return weights.div_(total.clamp(min=1.0)).to(x.dtype)
 
 
 def causal_mask(
@@ -60,7 +60,7 @@ def attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide_q, wide_k, wide_v = map(_at_least_float32, (q, k, v))
-    scores = wide_q @ wide_k.transpose(-2, -1) * scale
+    scores = (wide_q * scale) @ wide_k.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return (softmax(scores) @ wide_v).to(q.dtype)

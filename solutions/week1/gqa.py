@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from week1.attention import attention, causal_mask, merge_heads, split_heads
@@ -13,6 +14,8 @@ __all__ = ["grouped_attention", "causal_attend", "Attention"]
 # q and out: (..., num_heads, tokens, head_dim); k and v: (..., num_kv_heads, tokens, head_dim), of
 # the tokens of this call only. Masks, caches and kernels are the callee's business.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+_QUERY_BLOCK = 64
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -41,7 +44,16 @@ def causal_attend(layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     the right: no token looks at the padding behind it.
     """
     tokens = q.shape[-2]
-    return grouped_attention(q, k, v, causal_mask(tokens, tokens, q.device))
+    out = torch.empty_like(q)
+    # A block of queries at a time: keys that no query of the block may look at are left out, and
+    # the scores in memory grow with the tokens, not with their square.
+    for start in range(0, tokens, _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, tokens)
+        mask = causal_mask(end - start, end, q.device)
+        out[..., start:end, :] = grouped_attention(
+            q[..., start:end, :], k[..., :end, :], v[..., :end, :], mask
+        )
+    return out
 
 
 class Attention(nn.Module):

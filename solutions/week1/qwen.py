@@ -206,7 +206,9 @@ def read_safetensors(
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 names = file.keys()
-                tensors.update((name, file.get_tensor(name).to(dtype)) for name in names)
+                # A copy even where the dtype is right: products from a mapped file, whose tensors
+                # begin at any byte, are 3 to 5 % slower.
+                tensors.update((n, file.get_tensor(n).to(dtype, copy=True)) for n in names)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or truncated: {error}") from None
     return tensors

@@ -46,7 +46,7 @@ def apply_rotary(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     """
     _check_positions(positions, len(table))
     # One row a token, shared by that token's heads.
-    cos, sin = table[positions].unsqueeze(-3).chunk(2, dim=-1)
+    cos, sin = nn.functional.embedding(positions, table).unsqueeze(-3).chunk(2, dim=-1)
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)
@@ -67,13 +67,16 @@ class Rotary(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         self.table = self.table.to(q.device)
-        return apply_rotary(q, positions, self.table), apply_rotary(k, positions, self.table)
+        # Together, so that positions are checked and looked up once a layer.
+        num_heads = q.shape[-3]
+        both = apply_rotary(torch.cat((q, k), dim=-3), positions, self.table)
+        return both[..., :num_heads, :, :], both[..., num_heads:, :, :]
 
 
 def _check_positions(positions: Tensor, limit: int) -> None:
     if positions.numel() == 0:
         return
-    lowest, highest = int(positions.min()), int(positions.max())
+    lowest, highest = map(int, positions.aminmax())
     if lowest < 0 or highest >= limit:
         wrong = lowest if lowest < 0 else highest
         raise ValueError(f"position {wrong} is outside the rotary table's [0, {limit})")

@@ -11,7 +11,7 @@ from course.labs import ROOT, all_labs
 NUM_TESTS = {
     "week1/attention": 94,
     "week1/rope": 107,
-    "week1/gqa": 270,
+    "week1/gqa": 288,
     "week1/mlp": 116,
     "week1/qwen": 133,
     "week1/generate": 189,
