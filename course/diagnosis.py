@@ -45,8 +45,13 @@ class _Test:
 
 @dataclass
 class _Case:
-    """What is known of one lab. matches: by name of the misconception, the tests it explains."""
+    """What is known of one lab.
 
+    caught_by: the test that was the first to catch a misconception when the graders were measured.
+    matches: by name of the misconception, the tests it explains.
+    """
+
+    caught_by: Mapping[str, str]
     tests: list[_Test] = field(default_factory=list)
     matches: dict[str, set[str]] = field(default_factory=dict)
     refuted: set[str] = field(default_factory=set)
@@ -117,7 +122,10 @@ class Diagnosis:
         return _in_order(lab, best) if len(best) <= MAX_NAMED else []
 
     def _case(self, lab: Lab) -> _Case:
-        return self._cases.setdefault(lab, _Case())
+        if lab not in self._cases:
+            measured = mutants.read_results(lab.week).get(lab.name, {})
+            self._cases[lab] = _Case(measured.get("killed_by", {}))
+        return self._cases[lab]
 
     def _likely(self, lab: Lab, test: str) -> list[str]:
         """List the misconceptions, the likely ones first, since the time may not last for all.
@@ -125,12 +133,11 @@ class Diagnosis:
         Likely is what explained an earlier failure, and what this very test was the first to catch
         when the graders were measured; then what another case of the same function caught.
         """
-        matches = self._cases[lab].matches
-        caught_by = mutants.read_results(lab.week).get(lab.name, {}).get("killed_by", {})
+        case = self._cases[lab]
 
         def rank(mutant: str) -> tuple[bool, bool, bool]:
-            by = caught_by.get(mutant, "")
-            return mutant not in matches, by != test, by.partition("[")[0] != test.partition("[")[0]
+            by = case.caught_by.get(mutant, "")
+            return mutant not in case.matches, by != test, by.partition("[")[0] != test.partition("[")[0]
 
         return sorted(replay.wrong_solutions(lab), key=rank)
 
