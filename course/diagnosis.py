@@ -137,7 +137,11 @@ class Diagnosis:
 
         def rank(mutant: str) -> tuple[bool, bool, bool]:
             by = case.caught_by.get(mutant, "")
-            return mutant not in case.matches, by != test, by.partition("[")[0] != test.partition("[")[0]
+            return (
+                mutant not in case.matches,
+                by != test,
+                by.partition("[")[0] != test.partition("[")[0],
+            )
 
         return sorted(replay.wrong_solutions(lab), key=rank)
 
