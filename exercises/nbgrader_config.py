@@ -56,8 +56,8 @@ c.OverwriteCells.add_missing_cells = True
 # Seconds for one cell. A graded test has 20 s and a run of a suite 120 s, and few loops get past
 # those; a cell may need two runs.
 c.Execute.timeout = 300
-# The kernels import `course`, wherever nbgrader is called from.
 # nbgrader starts alembic by its name alone; it lies beside the interpreter.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+# The kernels import `course`, wherever nbgrader is called from.
 paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
