@@ -93,8 +93,11 @@ class Diagnosis:
         kept = [mutant for mutant in found if mutant not in case.refuted]
         return _in_order(lab, kept) if is_strong(evidence) else []
 
-    def conclude(self) -> dict[Lab, tuple[list[str], list[str]]]:
-        """Return, for every lab, what is named in the end and what turned out to be wrong."""
+    def conclude(self) -> dict[Lab, tuple[dict[str, list[str]], list[str]]]:
+        """Return, for every lab, what is named in the end and what turned out to be wrong.
+
+        What is named comes with the tests that it explains.
+        """
         until = time.perf_counter() + SECONDS_PER_RUN - self._used
         outcome = {}
         for lab, case in self._cases.items():
@@ -103,7 +106,9 @@ class Diagnosis:
             ranked = sorted(case.matches, key=lambda mutant: -len(case.matches[mutant]))
             for mutant in ranked[:MAX_CHECKED]:
                 self._check(lab, mutant, until)
-            outcome[lab] = self._named(lab, ranked[:MAX_CHECKED]), sorted(case.refuted)
+            named = self._named(lab, ranked[:MAX_CHECKED])
+            explained = {name: sorted(case.matches[name]) for name in named}
+            outcome[lab] = explained, sorted(case.refuted)
         return outcome
 
     def _named(self, lab: Lab, ranked: Sequence[str]) -> list[str]:
@@ -191,16 +196,25 @@ class Diagnosis:
             self._used += time.perf_counter() - start
 
 
-def join(parts: Iterable[Mapping[str, tuple[list[str], list[str]]]]) -> dict[str, list[str]]:
-    """Put together what several processes concluded on their shares of the tests, by lab name."""
-    named: dict[str, list[str]] = {}
+def join(
+    parts: Iterable[Mapping[str, tuple[dict[str, list[str]], list[str]]]],
+) -> dict[str, dict[str, list[str]]]:
+    """Put together what several processes concluded on their shares of the tests, by lab name.
+
+    Returns, for each lab, what is named with the tests that it explains.
+    """
+    named: dict[str, dict[str, list[str]]] = {}
     refuted: dict[str, set[str]] = {}
     for part in parts:
-        for lab, (names, wrong) in part.items():
-            named.setdefault(lab, []).extend(n for n in names if n not in named.get(lab, []))
+        for lab, (explained, wrong) in part.items():
+            for name, tests in explained.items():
+                named.setdefault(lab, {}).setdefault(name, []).extend(tests)
             refuted.setdefault(lab, set()).update(wrong)
-    kept = {lab: [n for n in names if n not in refuted[lab]] for lab, names in named.items()}
-    return {lab: names if len(names) <= MAX_NAMED else [] for lab, names in kept.items()}
+    kept = {
+        lab: {name: tests for name, tests in found.items() if name not in refuted[lab]}
+        for lab, found in named.items()
+    }
+    return {lab: found if len(found) <= MAX_NAMED else {} for lab, found in kept.items()}
 
 
 def words(lab: Lab, names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ tests with one clear sentence and leaves every other lab alone.
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -283,11 +284,23 @@ def describe(value: Any) -> str:
             return f"{type(value).__name__} of {len(value)}"
         if any(isinstance(item, Tensor) for item in value):
             return f"{type(value).__name__} of {', '.join(map(describe, value))}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _set_fields(value)
     if type(value).__repr__ is object.__repr__ or isinstance(value, torch.nn.Module):
         return type(value).__name__
     if inspect.isroutine(value):
         return getattr(value, "__name__", type(value).__name__)
     return textwrap.shorten(repr(value), 60, placeholder=" …")
+
+
+def _set_fields(value: Any) -> str:
+    """Show a dataclass by the fields that are not at their defaults: what a test varies."""
+    changed = [
+        f"{field.name}={describe(getattr(value, field.name))}"
+        for field in dataclasses.fields(value)
+        if field.default is dataclasses.MISSING or getattr(value, field.name) != field.default
+    ]
+    return f"{type(value).__name__}({', '.join(changed)})"
 
 
 def _six_digits(value: Any) -> Any:
@@ -552,13 +565,13 @@ def _not_written(message: str, lab: Lab) -> str:
 
 
 def _out_of_time(error: BaseException) -> str:
-    frame = learner_frame(error)
+    frame = learner_frame(error, _own_folders())
     place = f"\nit was in {_place(frame)}" if frame else ""
     return _lines(session.last_call, f"{error}; is there a loop whose end is never reached?{place}")
 
 
 def _crash(error: BaseException) -> str:
-    frame = learner_frame(error)
+    frame, innermost = learner_frame(error, _own_folders()), learner_frame(error)
     message = textwrap.shorten(str(error), 300, placeholder=" …")
     if frame is None:
         # Nothing of the learner's ran: what the suite asked for was not there to be called.
@@ -567,7 +580,17 @@ def _crash(error: BaseException) -> str:
         line = (suite[-1] if suite else last).line
         question = "do names and signatures still match the contract?"
         return _lines(f"{type(error).__name__}: {message}", f"when the suite ran: {line}", question)
-    return _lines(session.last_call, f"{type(error).__name__}: {message}", _place(frame))
+    inside = "" if frame == innermost else f"raised by {short_path(innermost.filename)}, called in"
+    return _lines(session.last_call, f"{type(error).__name__}: {message}", inside, _place(frame))
+
+
+def _own_folders() -> list[Path]:
+    """Return the layer's folders without the references that the learner asked for.
+
+    Those are not the learner's, and a line of them could be the answer of another lab.
+    """
+    folders = session.folders
+    return [f for f in folders if session.tree != "code" or not layers.is_overlay(f)] or [*folders]
 
 
 def _is_suite(filename: str) -> bool:

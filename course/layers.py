@@ -152,12 +152,10 @@ def activate(layer: Sequence[Path]) -> None:
     """
     front, last = [str(folder) for folder in layer], str(ROOT)
     ours = {*front, last, str(CODE), str(SOLUTIONS)}
-    others = [entry for entry in sys.path if entry not in ours and not _is_overlay(entry)]
+    others = [entry for entry in sys.path if entry not in ours and not is_overlay(entry)]
     sys.path[:] = [*front, *others, last]
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    others = [
-        entry for entry in inherited if entry and entry not in ours and not _is_overlay(entry)
-    ]
+    others = [entry for entry in inherited if entry and entry not in ours and not is_overlay(entry)]
     os.environ["PYTHONPATH"] = os.pathsep.join([*front, *others, last])
     forget_labs()
 
@@ -196,5 +194,6 @@ def stray_files(week: str) -> list[str]:
     return strays
 
 
-def _is_overlay(entry: str) -> bool:
+def is_overlay(entry: Path | str) -> bool:
+    """Say whether an entry of sys.path is a folder of copies, see `build_overlay`."""
     return Path(entry).is_relative_to(STATE / "overlays")

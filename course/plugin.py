@@ -306,7 +306,7 @@ def _diagnosis(config: pytest.Config) -> diagnosis.Diagnosis:
 
 
 _current: pytest.StashKey[diagnosis.Diagnosis] = pytest.StashKey()
-# What this process, or with xdist each worker, concluded: lab name → (named, refuted).
+# What this process, or with xdist each worker, concluded, by lab name; see `Diagnosis.conclude`.
 _conclusions: pytest.StashKey[list[dict]] = pytest.StashKey()
 
 
@@ -345,7 +345,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
     stats = terminalreporter.stats
     failed = stats.get("failed", [])
     shown, whole_lab, hidden = _sort_failures(failed, all_of_them=config.option.verbose > 0)
-    _ask_once(shown, diagnosis.join(config.stash.get(_conclusions, [])))
+    _ask_once(shown, failed, diagnosis.join(config.stash.get(_conclusions, [])))
     if failed:
         stats["failed"] = shown
     result = yield
@@ -363,20 +363,37 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
     return result
 
 
-def _ask_once(shown: list, named: dict[str, list[str]]) -> None:
-    """Word every lab's diagnosis by the whole run, and ask its question at its first failure."""
-    asked: set[str] = set()
+def _ask_once(shown: list, failed: list, named: dict[str, dict[str, list[str]]]) -> None:
+    """Word every lab's diagnosis by the whole run, and ask its question at a failure of it.
+
+    That is the first one shown which the diagnosis explains; where none is, one more is shown.
+    """
+    questions: dict[str, str] = {}
+    for name, explained in named.items():
+        words = diagnosis.words(*find_labs(name), list(explained))
+        found = [r for r in [*shown, *failed] if words and _is_explained(r, name, explained)]
+        if not found:
+            continue
+        questions[found[0].nodeid] = words
+        if found[0] not in shown:
+            shown.append(found[0])
     for report in shown:
         verdict = _verdict(report)
-        if verdict.get("kind") != "wrong":
-            continue
-        (lab,) = find_labs(verdict["lab"])
-        words = diagnosis.words(lab, named.get(lab.name, []))
-        if words in asked:
-            words = ""
-        asked.add(words)
-        test = report.nodeid.rpartition("::")[2]
-        report.longrepr = grading.render(lab, test, verdict["text"], words)
+        if verdict.get("kind") == "wrong":
+            (lab,) = find_labs(verdict["lab"])
+            test, words = _test_of(report), questions.get(report.nodeid, "")
+            report.longrepr = grading.render(lab, test, verdict["text"], words)
+
+
+def _is_explained(report, name: str, explained: dict[str, list[str]]) -> bool:
+    """Say whether everything that is named explains the failure of this test."""
+    verdict = _verdict(report)
+    is_wrong = verdict.get("lab") == name and verdict.get("kind") == "wrong"
+    return is_wrong and all(_test_of(report) in tests for tests in explained.values())
+
+
+def _test_of(report) -> str:
+    return report.nodeid.rpartition("::")[2]
 
 
 def _sort_failures(reports: list, all_of_them: bool) -> tuple[list, dict, dict]:
@@ -419,6 +436,7 @@ class _Grades:
         self._path = path
         self._is_logged = is_logged
         self._labs: dict[str, dict] = {}
+        self._failures: dict[str, list[pytest.TestReport]] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
@@ -445,16 +463,21 @@ class _Grades:
         grade["seconds"] = round(grade["seconds"] + report.duration, 3)
         if report.failed:
             grade["not_written"] += verdict["kind"] == "not written"
-            first = {"test": report.nodeid.rpartition("::")[2], **verdict}
-            grade["first"] = grade["first"] or first
+            self._failures.setdefault(verdict["lab"], []).append(report)
+            grade["first"] = grade["first"] or {"test": _test_of(report), **verdict}
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         named = diagnosis.join(session.config.stash.get(_conclusions, []))
         for name, grade in self._labs.items():
-            grade["beliefs"] = named.get(name, [])
-            if grade["first"] and grade["first"]["kind"] == "wrong":
-                (lab,) = find_labs(name)
-                grade["first"]["asked"] = diagnosis.words(lab, grade["beliefs"])
+            explained = named.get(name, {})
+            grade["beliefs"] = list(explained)
+            if grade["first"]:
+                grade["first"]["asked"] = ""
+            words = diagnosis.words(*find_labs(name), grade["beliefs"])
+            failures = self._failures.get(name, [])
+            told = [report for report in failures if _is_explained(report, name, explained)]
+            if words and told:
+                grade["first"] = {"test": _test_of(told[0]), **_verdict(told[0]), "asked": words}
         if self._path:
             Path(self._path).write_text(json.dumps(self._labs, indent=1), encoding="utf-8")
         if self._is_logged:

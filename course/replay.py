@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import importlib
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
@@ -35,7 +37,7 @@ def outcome(
 
     limit: stops the block with OutOfTime, which is raised on. Raises NotComparable.
     """
-    with grading.lab(lab.name).replaced_by(module):
+    with grading.lab(lab.name).replaced_by(module), _silence():
         try:
             with limit:
                 grading.seed_everything()
@@ -48,6 +50,19 @@ def outcome(
     if found is None:
         raise NotComparable
     return found
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Show nobody what a wrong solution prints or warns of: it would speak of the answer."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _load(mutant: mutants.Mutant) -> ModuleType | None:

@@ -39,6 +39,7 @@ def test_any_length(length):
     check_close(table[:, 0], torch.arange(length).float().cos())
 """
 
+IMPORTED = "check_close, check_raises,"
 SUITE_OF_ONE_PAIR = """
 
 def test_one_pair():
@@ -151,6 +152,38 @@ def test_it_can_be_switched_off(graded):
     assert "believes" not in output
 
 
+def test_the_question_stands_under_a_failure_that_the_belief_explains(tree, graded):
+    """A second mistake, which fails first, is not taken for the belief."""
+    first, rest = SUITE.split("def test_shape_only")
+    refusal = (
+        "def test_refusal():\n    check_raises(ValueError, rope.rotary_table, 7, 3, 10.0)\n\n\n"
+    )
+    suite = f"{first}{refusal}def test_shape_only{rest}".replace("check_close,", IMPORTED)
+    tree.write("tests/week1/test_rope.py", suite)
+    source = tree.read(f"solutions/{ROPE}.py").replace("theta**-exponents", "theta**exponents")
+    tree.write(f"code/{ROPE}.py", source.replace("head_dim % 2", "head_dim % 2 and head_dim < 7"))
+    output = tree.pytest(f"code/{ROPE}.py", "--grade-json", "grades.json").stdout
+    parts = output.split("week1/rope.py  ")
+    (told,) = [part for part in parts if "Which pair is the fastest?" in part]
+    assert told.startswith("test_values") and "test_refusal" in output
+    grade = json.loads(tree.read("grades.json"))[ROPE]
+    assert grade["first"]["test"] == "test_values"
+    assert "Which pair is the fastest?" in grade["first"]["asked"]
+
+
+def test_what_a_wrong_solution_prints_is_not_shown(tree, graded):
+    loud = "(print('my answer'), warnings.warn('my answer'), theta**exponents)[-1]"
+    table = TABLE.replace('with = "theta**exponents"', f'with = "{loud}"')
+    tree.write("tests/week1/misconceptions/rope.toml", f"{table}")
+    source = tree.read(f"solutions/{ROPE}.py")
+    tree.write(
+        f"solutions/{ROPE}.py",
+        source.replace("import torch\n", "import warnings\n\nimport torch\n"),
+    )
+    output, grade = graded("theta**-exponents", "theta**exponents")
+    assert grade["beliefs"] == ["speeds-grow"] and "my answer" not in output
+
+
 def test_workers_of_xdist_ask_once_too(graded):
     output, grade = graded(
         "(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())", "-n", "2"
@@ -229,17 +262,18 @@ def test_what_is_no_evidence():
 
 
 @pytest.mark.parametrize(
-    ("parts", "named"),
+    ("explained", "refuted", "named"),
     [
-        ([], {}),
-        ([{ROPE: (["a"], [])}, {ROPE: ([], [])}], {ROPE: ["a"]}),
-        ([{ROPE: (["a"], [])}, {ROPE: ([], ["a"])}], {ROPE: []}),
-        ([{ROPE: (["a", "b"], [])}, {ROPE: (["b"], ["a"])}], {ROPE: ["b"]}),
-        ([{ROPE: (["a"], [])}, {ROPE: (["b", "c"], [])}], {ROPE: []}),
+        ([], [], {}),
+        ([{"a": [1]}, {}], [[], []], {"a": [1]}),
+        ([{"a": [1]}, {}], [[], ["a"]], {}),
+        ([{"a": [1], "b": [2]}, {"b": [3]}], [[], ["a"]], {"b": [2, 3]}),
+        ([{"a": [1]}, {"b": [2], "c": [3]}], [[], []], {}),
     ],
 )
-def test_workers_put_together_what_they_saw(parts, named):
-    assert diagnosis.join(parts) == named
+def test_workers_put_together_what_they_saw(explained, refuted, named):
+    parts = [{ROPE: part} for part in zip(explained, refuted, strict=True)]
+    assert diagnosis.join(parts) == ({ROPE: named} if parts else {})
 
 
 @pytest.mark.parametrize("lab", all_labs(), ids=lambda lab: lab.name)

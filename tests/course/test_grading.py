@@ -1,5 +1,7 @@
 """What a failing check says: the input first, where it differs, how much, and never too much."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -146,6 +148,31 @@ def test_a_failure_fits_80_columns():
     assert head.startswith("week1/rope.py  test_x\n  f(x: (3,) float32)\n")
     assert asked == "  A belief.\n  Is it yours?"
     assert link == "  sessions/week1/rope.md · course hint week1/rope"
+
+
+def test_parameters_show_what_is_not_at_its_default():
+    @dataclasses.dataclass(frozen=True)
+    class Params:
+        size: int
+        temperature: float = 1.0
+        stop: tuple[str, ...] = ()
+
+    assert grading.describe(Params(3)) == "Params(size=3)"
+    assert grading.describe(Params(3, 0.1 + 0.2, ("a",))) == (
+        "Params(size=3, temperature=0.3, stop=('a',))"
+    )
+
+
+def test_a_reference_is_named_and_not_quoted(tree):
+    tree.write("progress/reference.txt", "week1/attention\nweek1/rope\n")
+    tree.solve("week1/gqa")
+    gqa = tree.read("code/week1/gqa.py")
+    wrong = gqa.replace("split_heads(part, part.shape[-1]", "split_heads(part, 1 + part.shape[-1]")
+    tree.write("code/week1/gqa.py", wrong)
+    output = tree.pytest("code/week1/gqa.py", "--no-diagnosis").stdout
+    assert "raised by week1/attention.py, called in" in output
+    assert "code/week1/gqa.py, line" in output
+    assert "raise ValueError" not in output and "code/week1/attention.py" not in output
 
 
 def test_floats_are_shown_with_six_digits():
