@@ -189,6 +189,8 @@ def _check_importable(lab: Lab) -> None:
             f"code/{lab.name}.py does not exist{strays}; "
             f"`course reset {lab.name}` brings the stub back"
         )
+    if file.is_symlink():
+        raise LabUnusable(f"{lab.name}.py is a link to another file; a lab is a file of its own")
     try:
         tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError):
@@ -197,6 +199,8 @@ def _check_importable(lab: Lab) -> None:
     for name in layers.imported_modules(tree):
         if name.partition(".")[0] in ("solutions", "tests", "course"):
             raise LabUnusable(f"{lab.name}.py imports {name}, which belongs to the course itself")
+        if name.partition(".")[0] in ("pytest", "_pytest"):
+            raise LabUnusable(f"{lab.name}.py imports {name}, which is what grades it")
         if (layers.week_of(name) or 0) > own_week:
             raise LabUnusable(f"{lab.name}.py imports {name}, which belongs to a later week")
 

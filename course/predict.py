@@ -6,6 +6,7 @@ more, in the exit ticket, before its truth is shown.
 """
 
 import ast
+import functools
 import math
 import operator
 import re
@@ -171,7 +172,7 @@ def _ask_first(note: Note, late: bool) -> None:
     for prediction in waiting:
         print(f"\n{_question(prediction)}")
         if _can_ask():
-            answer = _asked()
+            answer = _asked(prediction)
             if answer is not None:
                 _append_first(note, prediction.id, answer, late)
     if waiting and not _can_ask():
@@ -188,7 +189,7 @@ def _ask_again(note: Note, prediction: Prediction, standing: Standing, truth: fl
     if not _can_ask():
         _say_how(note, prediction)
         return False
-    answer = _asked()
+    answer = _asked(prediction)
     if answer is None:
         return False
     _append_ticket(note, prediction, answer, truth)
@@ -231,9 +232,10 @@ def _can_ask() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def _asked() -> Answer | None:
+def _asked(prediction: Prediction) -> Answer | None:
     """Ask for a number and a confidence until they can be read; None when it is left empty."""
-    number = _ask_until("  your number (empty to skip): ", parse_number)
+    read = functools.partial(_read, prediction)
+    number = _ask_until("  your number (empty to skip): ", read)
     if number is None:
         return None
     confidence = _ask_until("  how sure, 1 (a guess) to 5 (certain): ", parse_confidence)
@@ -263,8 +265,17 @@ def _given(note: Note, texts: list[str]) -> dict[str, Answer]:
             raise ValueError(f"{note.lab.name} has no question {id!r}; it has {', '.join(ids)}")
         if id in given:
             raise ValueError(f"--answer is given twice for {id}")
-        given[id] = Answer(parse_number(number), parse_confidence(confidence))
+        (prediction,) = (found for found in note.predictions if found.id == id)
+        given[id] = Answer(_read(prediction, number), parse_confidence(confidence))
     return given
+
+
+def _read(prediction: Prediction, text: str) -> float:
+    """Read an answer to a question, in its unit. Raises ValueError."""
+    number = parse_number(text)
+    if prediction.unit.startswith("fraction") and not 0 <= number <= 1:
+        raise ValueError(f"a fraction lies between 0 and 1, not at {text}; write 0.28 or 28 %")
+    return number
 
 
 def parse_confidence(text: str) -> int:

@@ -144,7 +144,14 @@ def next_step(grades: dict[Lab, Grade]) -> str:
     """Name the one thing to do next."""
     open_labs = [lab for lab, grade in grades.items() if grade.state in ("started", "not started")]
     if not open_labs:
-        return "Every lab is green. Read the reference beside yours: solutions/"
+        taken = [lab.name for lab, grade in grades.items() if grade.state == "reference"]
+        if taken:
+            return (
+                f"Nothing of yours is open. Taken from the reference: {', '.join(taken)}; "
+                f"take them out of progress/{layers.REFERENCE_FILE.name} to write them yourself"
+            )
+        last = list(grades)[-1].name
+        return f"Every lab is green. Compare each with the reference, as in: course reveal {last}"
     lab = open_labs[0]
     environment = (
         "" if "VIRTUAL_ENV" in os.environ else f"\n  {_activation()}   (once per terminal)"

@@ -7,6 +7,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from course import status
+from course.labs import all_labs
+
 ATTENTION = "code/week1/attention.py"
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -109,6 +112,15 @@ def test_a_green_lab_runs_in_the_engine_and_says_the_same(tree, model):
     status = tree.run("course", "status")
     assert "✅ week1/attention" in status.stdout and "1 of 7 labs are green" in status.stdout
     assert "code/week1/rope.py" in status.stdout
+
+
+def test_what_is_next_when_nothing_is_open():
+    labs = all_labs()
+    grades = dict.fromkeys(labs, status.Grade("green", 1, 1))
+    assert f"course reveal {labs[-1].name}" in status.next_step(grades)
+    grades[labs[1]] = status.Grade("reference")
+    text = status.next_step(grades)
+    assert f"Taken from the reference: {labs[1].name};" in text and "Every lab" not in text
 
 
 def test_a_wrong_lab_is_left_out_and_the_engine_says_so(tree, model):

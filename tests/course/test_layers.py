@@ -98,6 +98,19 @@ def test_an_import_from_a_later_week_is_named(tree):
     attention_is_green_and_rope_says(tree, "imports week2.kv_cache, which belongs to a later week")
 
 
+@pytest.mark.parametrize("name", ["pytest", "_pytest.runner", "course.grading", "solutions.week1"])
+def test_an_import_of_the_grader_is_refused(tree, name):
+    tree.write("code/week1/rope.py", f"def late():\n    import {name}\n")
+    attention_is_green_and_rope_says(tree, f"week1/rope.py imports {name}, which")
+
+
+def test_a_link_is_refused(tree):
+    file = tree.root / "code/week1/rope.py"
+    file.unlink()
+    file.symlink_to(tree.root / "solutions/week1/rope.py")
+    attention_is_green_and_rope_says(tree, "week1/rope.py is a link to another file")
+
+
 def test_a_syntax_error_has_its_line(tree):
     text = tree.read("code/week1/rope.py")
     tree.write("code/week1/rope.py", text.replace("def apply_rotary(", "def apply_rotary(("))

@@ -38,6 +38,13 @@ def test_shape(lab):
 
 
 @LABS
+def test_nothing_is_taken_for_a_tag_of_html(lab):
+    text = lab.note.read_text(encoding="utf-8").split("---\n", 2)[2]
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    assert set(re.findall(r"<(/?\w+)", text)) <= {"details", "/details", "summary", "/summary"}
+
+
+@LABS
 def test_the_note_can_be_read(lab):
     note = notes.read(lab)
     assert len(note.predictions) == 3 and len(note.hints) >= 3
@@ -110,9 +117,9 @@ def test_an_answer_that_fails_is_named(copied, answer, reason):
         ("tolerance: 5 %", "tolerance: 5 percent", "question 2: tolerance '5 percent' is none of"),
         ("tolerance: 10x", "tolerance: 0.1x", "question 1: tolerance '0.1x' is a factor below 1"),
         ("answer: rotary_table(", "answer: return (", "question 3: answer is no Python expression"),
-        ("Hint 2: rotary_table", "Hint 2: table", r"line 84: a hint for table, which is none of"),
-        ("</details>", "", "line 78: a hint is <details>"),
-        ("Hint 1: rotary_table", "rotary_table", "line 78: a hint is <details>"),
+        ("Hint 2: rotary_table", "Hint 2: table", r"line 88: a hint for table, which is none of"),
+        ("</details>", "", "line 82: a hint is <details>"),
+        ("Hint 1: rotary_table", "rotary_table", "line 82: a hint is <details>"),
         ("Transfer:", "Last:", "no item begins with Transfer:"),
         ("## Exit ticket", "## Ticket", "the section ## Exit ticket is missing"),
     ],

@@ -151,6 +151,7 @@ def test_before_the_lab(course):
         ("shift=about 1:3", "'about 1' is not a number"),
         ("shift=nan:3", "'nan' is not a number"),
         ("shift=1e999:3", "'1e999' is not a finite number"),
+        ("shift=28:3", "a fraction lies between 0 and 1, not at 28; write 0.28 or 28 %"),
         ("shift=1", "has not the form ID=NUMBER:CONFIDENCE"),
         (f"{IDS[0]}=1:1", f"given twice for {IDS[0]}"),
     ],
