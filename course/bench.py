@@ -59,7 +59,7 @@ def bench(lab: Lab, num_runs: int, as_json: bool) -> int:
         raise ValueError(f"--runs must be at least 1, got {num_runs}")
     grades = status.grade_all()
     if grades[lab].state != "green":
-        print(f"{lab.name} is not green: right before fast. Grade it: pytest code/{lab.name}.py")
+        print(f"{lab.name} is not green: right before fast. Grade it: pytest {lab.path}")
         return 1
     try:
         work = _workload(lab, {other for other, grade in grades.items() if grade.state == "green"})

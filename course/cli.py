@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     site.add_argument("--serve", action="store_true", help="show it, and follow what is edited")
     model = word("model", _model, "make the default model ready, or check it", "fetch")
     model.add_argument("action", choices=("fetch", "check"))
-    stubs = word("stubs", _stubs, "write code/ from solutions/", "--check")
+    stubs = word("stubs", _stubs, "write the stubs from solutions/", "--check")
     stubs.add_argument("--check", action="store_true", help="only say what is out of date")
     reset = word("reset", _reset, "put a lab's stub back and keep your file", "week1/rope")
     reset.add_argument("lab", help="such as week1/rope")

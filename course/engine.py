@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from course import grading, layers
-from course.labs import WEEKS, Lab, all_labs
+from course.labs import WEEKS, Lab, week_labs
 
 YOURS, REFERENCE = "yours", "reference"
 
@@ -80,7 +80,7 @@ def assemble(
     import torch
 
     chosen = set(yours)
-    sources = {lab: YOURS if lab in chosen else REFERENCE for lab in all_labs()}
+    sources = {lab: YOURS if lab in chosen else REFERENCE for lab in week_labs()}
     blame = _Blame(sources, _activate(chosen))
     with blame:
         labs = {lab.name: grading.import_lab(lab) for lab in sources}
@@ -93,7 +93,7 @@ def _activate(yours: set[Lab]) -> list[Path]:
     """Put the engine's layer on the path; returns the folders that hold the learner's files."""
     for lab in sorted(yours):
         if not lab.code.is_file():
-            raise ValueError(f"code/{lab.name}.py does not exist; `course reset {lab.name}` helps")
+            raise ValueError(f"{lab.path} does not exist; `course reset {lab.name}` helps")
     files = {f"{lab.name}.py": lab.code for lab in yours}
     for week in {lab.week for lab in yours}:
         # Helper modules that the learner's labs may import travel with them.

@@ -186,8 +186,7 @@ def _check_importable(lab: Lab) -> None:
     if file is None:
         strays = "".join(f"; there is {stray}" for stray in layers.stray_files(lab.week))
         raise LabUnusable(
-            f"code/{lab.name}.py does not exist{strays}; "
-            f"`course reset {lab.name}` brings the stub back"
+            f"{lab.path} does not exist{strays}; `course reset {lab.name}` brings the stub back"
         )
     if file.is_symlink():
         raise LabUnusable(f"{lab.name}.py is a link to another file; a lab is a file of its own")
@@ -201,6 +200,8 @@ def _check_importable(lab: Lab) -> None:
             raise LabUnusable(f"{lab.name}.py imports {name}, which belongs to the course itself")
         if name.partition(".")[0] in ("pytest", "_pytest"):
             raise LabUnusable(f"{lab.name}.py imports {name}, which is what grades it")
+        if lab.is_drill and layers.week_of(name):
+            raise LabUnusable(f"{lab.name}.py imports {name}, and a drill imports no week's lab")
         if (layers.week_of(name) or 0) > own_week:
             raise LabUnusable(f"{lab.name}.py imports {name}, which belongs to a later week")
 
@@ -226,7 +227,7 @@ def _import_problem(lab: Lab, error: BaseException) -> str:
         other = where.removesuffix(".py")
         text = (
             f"{own} needs {where}, and that cannot be imported ({text}); "
-            f"to go on with the reference for it: pytest code/{own} --reference {other}"
+            f"to go on with the reference for it: pytest {lab.path} --reference {other}"
         )
     return text
 
@@ -564,7 +565,7 @@ def _not_written(message: str, lab: Lab) -> str:
     other = message.partition(".py:")[0]
     return (
         f"{lab.name}.py uses {message}; to go on with the reference for it: "
-        f"pytest code/{lab.name}.py --reference {other}"
+        f"pytest {lab.path} --reference {other}"
     )
 
 
@@ -602,8 +603,10 @@ def _is_suite(filename: str) -> bool:
 
 
 def _place(frame: traceback.FrameSummary) -> str:
-    tree = f"{session.tree}/" if session.tree else ""
-    file = f"{tree}{short_path(frame.filename)}"
+    file = short_path(frame.filename)
+    week = file.partition("/")[0]
+    tree = layers.learner_tree(week).name if session.tree == "code" else session.tree
+    file = f"{tree}/{file}" if tree else file
     return f"{file}, line {frame.lineno}, in {frame.name}:\n    {frame.line}"
 
 

@@ -34,7 +34,7 @@ def hint(lab: Lab, name: str | None) -> int:
     untried = _untried(note, events, name)
     if untried is not None:
         _show(untried)
-        print(_wrapped(f"Try it first: a new hint needs a graded run (pytest code/{lab.name}.py)"))
+        print(_wrapped(f"Try it first: a new hint needs a graded run (pytest {lab.path})"))
         return 0
     found = _next(note, events, name)
     if found is None:
@@ -46,7 +46,7 @@ def hint(lab: Lab, name: str | None) -> int:
     chosen, rung = found
     progress.append("hint", lab, name=chosen.name, rung=rung)
     _show(chosen)
-    print(f"When you have an answer, grade it: pytest code/{lab.name}.py")
+    print(f"When you have an answer, grade it: pytest {lab.path}")
     return 0
 
 
@@ -132,7 +132,7 @@ def _missing(lab: Lab, give_up: bool) -> str:
         return ""
     return (
         f"The reference opens after {NUM_ATTEMPTS} graded attempts that differ, and {lab.name} has "
-        f"{count}: change something and run pytest code/{lab.name}.py."
+        f"{count}: change something and run pytest {lab.path}."
     )
 
 

@@ -10,11 +10,19 @@ ROOT = Path(__file__).resolve().parent.parent
 WEEKS: dict[str, tuple[str, ...]] = {
     "week1": ("attention", "rope", "gqa", "mlp", "qwen", "generate", "sampling"),
 }
+# Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.
+DRILLS: dict[str, tuple[str, ...]] = {
+    "basic": ("ring_buffer", "free_list", "lru_cache", "hash_chain", "priority_queue"),
+}
+_TREES = ("code", "exercises", "solutions", "sessions")
 
 
 @dataclass(frozen=True, order=True)
 class Lab:
-    """One lab: the same stem in every tree."""
+    """One lab or drill: the same stem in every tree.
+
+    week: the folder that it lies in, which for a drill is that of its group, such as "basic".
+    """
 
     week: str
     stem: str
@@ -28,8 +36,17 @@ class Lab:
         return f"{self.week}.{self.stem}"
 
     @property
+    def is_drill(self) -> bool:
+        return self.week in DRILLS
+
+    @property
+    def path(self) -> str:
+        """The learner's file as messages and commands name it: relative to the repository."""
+        return f"{'exercises' if self.is_drill else 'code'}/{self.name}.py"
+
+    @property
     def code(self) -> Path:
-        return ROOT / "code" / self.week / f"{self.stem}.py"
+        return ROOT / self.path
 
     @property
     def solution(self) -> Path:
@@ -48,9 +65,14 @@ class Lab:
         return ROOT / "sessions" / self.week / f"{self.stem}.md"
 
 
-def all_labs() -> list[Lab]:
-    """Every lab of the course in teaching order."""
+def week_labs() -> list[Lab]:
+    """Every lab of the weeks in teaching order: what the engine is made of."""
     return [Lab(week, stem) for week, stems in WEEKS.items() for stem in stems]
+
+
+def all_labs() -> list[Lab]:
+    """Every lab of the weeks, then every drill, in teaching order."""
+    return week_labs() + [Lab(group, stem) for group, stems in DRILLS.items() for stem in stems]
 
 
 def find_labs(text: str) -> list[Lab]:
@@ -59,13 +81,17 @@ def find_labs(text: str) -> list[Lab]:
     Raises ValueError that names the nearest labs when nothing fits.
     """
     words = Path(text).with_suffix("").parts
-    words = tuple(word for word in words if word not in (".", "/", "code", "solutions", "sessions"))
+    words = tuple(word for word in words if word not in (".", "/", *_TREES))
     wanted = "/".join(words[-2:])
     labs = all_labs()
     found = [lab for lab in labs if wanted in (lab.week, lab.name, lab.stem)]
     if found:
         return found
-    known = [*WEEKS, *(lab.name for lab in labs), *(lab.stem for lab in labs)]
+    known = [*WEEKS, *DRILLS, *(lab.name for lab in labs), *(lab.stem for lab in labs)]
     near = difflib.get_close_matches(wanted, known, n=3)
-    suggestion = f"did you mean {' or '.join(near)}?" if near else f"weeks: {', '.join(WEEKS)}"
+    suggestion = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"there are {', '.join([*WEEKS, *DRILLS])}"
+    )
     raise ValueError(f"there is no lab {text!r}; {suggestion}")

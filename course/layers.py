@@ -1,9 +1,10 @@
 """Whose `weekN` is imported: the layers of sys.path, and the paths that choose them.
 
-A layer is a list of folders that hold `weekN` packages. Grading the learner puts `code/` there, and
-in front of it an overlay with copies of the references that the learner asked for by name. Grading
-the reference puts `solutions/` there. The two never stand together while the learner is graded: a
-deleted file must be missing, not silently replaced.
+A layer is a list of folders that hold `weekN` packages, and those of the drills. Grading the
+learner puts `code/` and `exercises/` there, and in front of them an overlay with copies of the
+references that the learner asked for by name. Grading the reference puts `solutions/` there. The
+learner's and the reference's never stand together while the learner is graded: a deleted file must
+be missing, not silently replaced.
 """
 
 import ast
@@ -19,9 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from course.labs import ROOT, WEEKS, Lab, all_labs, find_labs
+from course.labs import DRILLS, ROOT, WEEKS, Lab, all_labs, find_labs
 
 CODE = ROOT / "code"
+EXERCISES = ROOT / "exercises"
 SOLUTIONS = ROOT / "solutions"
 TESTS = ROOT / "tests"
 REFERENCE_FILE = ROOT / "progress" / "reference.txt"
@@ -37,7 +39,8 @@ class LayerError(ValueError):
 class Selection:
     """What a pytest command line asks for.
 
-    tree: "code", "solutions", or "" when no lab is graded. args: paths that pytest collects.
+    tree: "code" (the learner's labs and drills), "solutions", or "" when no lab is graded. args:
+    paths that pytest collects.
     """
 
     tree: str
@@ -45,7 +48,7 @@ class Selection:
 
 
 def select(args: Sequence[str], cwd: Path) -> Selection:
-    """Map paths under code/ and solutions/ to the graded suites; other paths stay as they are.
+    """Map paths to labs and drills to the graded suites; other paths stay as they are.
 
     args: as typed, relative to cwd, with or without ::node. Raises LayerError.
     """
@@ -72,23 +75,29 @@ def _suites(path: Path) -> tuple[str, list[str]]:
     tree, *rest = path.relative_to(ROOT).parts
     if tree == "tests":
         # An editor's test explorer asks for the suites themselves: they grade the learner's code.
-        return ("code" if rest[0] in WEEKS else ""), [str(path)]
-    if tree not in ("code", "solutions"):
+        return ("code" if rest[0] in (*WEEKS, *DRILLS) else ""), [str(path)]
+    held = {"code": WEEKS, "exercises": DRILLS, "solutions": {**WEEKS, **DRILLS}}.get(tree)
+    if held is None:
         return "", []
+    layer = "solutions" if tree == "solutions" else "code"
     if not rest:
-        return tree, [str(TESTS / week) for week in WEEKS]
-    if len(rest) == 1 and rest[0] in WEEKS:
-        return tree, [str(TESTS / rest[0])]
+        return layer, [str(TESTS / week) for week in held]
+    if len(rest) == 1 and rest[0] in held:
+        return layer, [str(TESTS / rest[0])]
     try:
         labs = find_labs("/".join(rest))
     except ValueError as error:
         raise LayerError(str(error)) from None
-    return tree, [str(lab.tests) for lab in labs]
+    for lab in labs:
+        if lab.week not in held:
+            raise LayerError(f"{lab.name} does not lie in {tree}/: pytest {lab.path}")
+    return layer, [str(lab.tests) for lab in labs]
 
 
 def check_trees() -> None:
     """Refuse a tree whose packages are no longer open to layers. Raises LayerError."""
-    for file in [*CODE.glob("**/__init__.py"), *SOLUTIONS.glob("**/__init__.py")]:
+    trees = (CODE, SOLUTIONS, *(EXERCISES / group for group in DRILLS))
+    for file in [file for tree in trees for file in tree.glob("**/__init__.py")]:
         name = file.relative_to(ROOT).as_posix()
         raise LayerError(f"remove {name}: it hides Python's own `code` module or other layers")
 
@@ -141,7 +150,18 @@ def _remove_old_overlays(parent: Path) -> None:
 def folders(tree: str, overlaid: Mapping[str, Path]) -> list[Path]:
     """List a layer's folders in import order. overlaid: see `build_overlay`; it comes first."""
     overlay = [build_overlay(overlaid)] if overlaid else []
-    return [*overlay, SOLUTIONS if tree == "solutions" else CODE]
+    return [*overlay, *([SOLUTIONS] if tree == "solutions" else [CODE, EXERCISES])]
+
+
+def learner_tree(week: str) -> Path:
+    """Return the tree that holds a week's labs, or a group's drills, as the learner writes them."""
+    return EXERCISES if week in DRILLS else CODE
+
+
+def learner_folders() -> list[Path]:
+    """List the folders that hold learners' files and nobody else's."""
+    # Beside the drills, exercises/ holds what nbgrader keeps there.
+    return [CODE, *(EXERCISES / group for group in DRILLS)]
 
 
 def activate(layer: Sequence[Path]) -> None:
@@ -151,7 +171,7 @@ def activate(layer: Sequence[Path]) -> None:
     unpickle what test modules define. Labs imported before are forgotten.
     """
     front, last = [str(folder) for folder in layer], str(ROOT)
-    ours = {*front, last, str(CODE), str(SOLUTIONS)}
+    ours = {*front, last, str(CODE), str(EXERCISES), str(SOLUTIONS)}
     others = [entry for entry in sys.path if entry not in ours and not is_overlay(entry)]
     sys.path[:] = [*front, *others, last]
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -161,8 +181,8 @@ def activate(layer: Sequence[Path]) -> None:
 
 
 def forget_labs() -> None:
-    """Drop every imported `weekN` module, so that the next import looks at sys.path again."""
-    for name in [name for name in sys.modules if week_of(name)]:
+    """Drop every imported module of a lab, so that the next import looks at sys.path again."""
+    for name in [name for name in sys.modules if is_of_a_lab(name)]:
         del sys.modules[name]
 
 
@@ -170,6 +190,11 @@ def week_of(module: str) -> int | None:
     """Return the number of the week that a module name such as "week2.kv_cache" belongs to."""
     match = re.fullmatch(r"week(\d+)", module.partition(".")[0])
     return int(match[1]) if match else None
+
+
+def is_of_a_lab(module: str) -> bool:
+    """Say whether a module name belongs to a week or to a group of drills."""
+    return week_of(module) is not None or module.partition(".")[0] in DRILLS
 
 
 def imported_modules(tree: ast.AST) -> list[str]:
@@ -184,13 +209,14 @@ def imported_modules(tree: ast.AST) -> list[str]:
 
 
 def stray_files(week: str) -> list[str]:
-    """Name files of code/weekN that are no lab, each with the lab whose name it nearly has."""
-    strays = []
-    for file in sorted((CODE / week).glob("*.py")):
-        if file.stem not in WEEKS[week]:
-            near = difflib.get_close_matches(file.stem, WEEKS[week], n=1)
+    """Name files of a learner's folder that are no lab, each with the lab it is nearly called."""
+    strays, stems = [], {**WEEKS, **DRILLS}[week]
+    tree = learner_tree(week)
+    for file in sorted((tree / week).glob("*.py")):
+        if file.stem not in stems:
+            near = difflib.get_close_matches(file.stem, stems, n=1)
             if near:
-                strays.append(f"code/{week}/{file.name} (is it meant to be {near[0]}.py?)")
+                strays.append(f"{tree.name}/{week}/{file.name} (is it meant to be {near[0]}.py?)")
     return strays
 
 

@@ -498,7 +498,7 @@ def _definitions(said: Sequence[Fragment], parts: dict) -> list[ast.stmt]:
     for fragment in said:
         for node in fragment.tree.body:
             is_import = isinstance(node, ast.Import | ast.ImportFrom)
-            if is_import and any(layers.week_of(m) for m in layers.imported_modules(node)):
+            if is_import and any(layers.is_of_a_lab(m) for m in layers.imported_modules(node)):
                 continue
             if isinstance(node, ast.ClassDef) and node.name in classes:
                 names = [f"{node.name}.{getattr(member, 'name', '')}" for member in node.body]

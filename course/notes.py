@@ -18,6 +18,7 @@ import yaml
 from course.labs import ROOT, Lab
 from course.stubs import graded_names
 
+# Of a lab; a drill asks one to so many.
 NUM_PREDICTIONS = 3
 _FIELDS = ("id", "ask", "unit", "answer", "tolerance")
 _FRONT_MATTER = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
@@ -191,8 +192,10 @@ def _predictions(matter: dict, lab: Lab) -> tuple[Prediction, ...]:
     if matter.get("lab") != lab.name:
         raise ValueError(f"front matter: lab is {matter.get('lab')!r}, not {lab.name!r}")
     listed = matter.get("predict")
-    if not isinstance(listed, list) or len(listed) != NUM_PREDICTIONS:
-        raise ValueError(f"front matter: predict is no list of {NUM_PREDICTIONS} questions")
+    fewest = 1 if lab.is_drill else NUM_PREDICTIONS
+    if not isinstance(listed, list) or not fewest <= len(listed) <= NUM_PREDICTIONS:
+        count = f"1 to {NUM_PREDICTIONS}" if lab.is_drill else NUM_PREDICTIONS
+        raise ValueError(f"front matter: predict is no list of {count} questions")
     predictions: list[Prediction] = []
     for number, fields in enumerate(listed, 1):
         try:

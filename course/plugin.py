@@ -355,7 +355,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
         terminalreporter.section("labs")
     for name, count in hidden.items():
         terminalreporter.write_line(
-            f"{name}: {count} more failing tests (all of them: pytest -v code/{name}.py)"
+            f"{name}: {count} more failing tests (all of them: pytest -v {find_labs(name)[0].path})"
         )
     for (name, text), verdicts in whole_lab.items():
         line = text or _unwritten_line(name, verdicts)

@@ -81,15 +81,15 @@ def _load(mutant: mutants.Mutant) -> ModuleType | None:
 
 @contextlib.contextmanager
 def _reference_layer() -> Iterator[None]:
-    """Let imports of weekN find the reference, and leave the graded layer as it was."""
+    """Let imports of labs find the reference, and leave the graded layer as it was."""
     path = sys.path[:]
-    graded = {name: module for name, module in sys.modules.items() if layers.week_of(name)}
+    graded = {name: module for name, module in sys.modules.items() if layers.is_of_a_lab(name)}
     layers.forget_labs()
     sys.modules.update(_references)
     sys.path[:] = [str(layers.SOLUTIONS), *path]
     try:
         yield
-        _references.update({n: m for n, m in sys.modules.items() if layers.week_of(n)})
+        _references.update({n: m for n, m in sys.modules.items() if layers.is_of_a_lab(n)})
     finally:
         layers.forget_labs()
         sys.modules.update(graded)

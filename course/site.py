@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from course import files, layers, stubs
-from course.labs import ROOT, WEEKS, Lab
+from course.labs import DRILLS, ROOT, WEEKS, Lab
 
 GENERATED = layers.STATE / "site"
 _NEEDED = ("mkdocs", "material", "pymdownx")
@@ -41,14 +41,13 @@ def build(serve: bool) -> int:
 
 
 def write_generated() -> None:
-    """Write what pages take in and no committed file holds: the contracts of each week's labs."""
-    for week, stems in WEEKS.items():
+    """Write what pages take in and no committed file holds: the contracts of the labs."""
+    for week, stems in {**WEEKS, **DRILLS}.items():
         links = " · ".join(f"[{stem}](#{stem})" for stem in stems)
         parts = [f"{links}\n", *(_contract(Lab(week, stem)) for stem in stems)]
         files.replace(GENERATED / "contracts" / f"{week}.md", "\n".join(parts))
 
 
 def _contract(lab: Lab) -> str:
-    path = f"code/{lab.name}.py"
-    fence = f'```python title="{path}"\n{stubs.make_stub(lab)}```'
+    fence = f'```python title="{lab.path}"\n{stubs.make_stub(lab)}```'
     return f"## {lab.stem}\n\nIts note: [{lab.stem}.md]({lab.stem}.md).\n\n{fence}\n"

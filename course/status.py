@@ -38,7 +38,7 @@ class Grade:
 
 
 def grade_all() -> dict[Lab, Grade]:
-    """Grade every lab of code/; what has not changed since the last time is not run again."""
+    """Grade every lab and drill; what has not changed since the last time is not run again."""
     referenced = set(layers.named_references([]))
     grades: dict[Lab, Grade] = {}
     digests: dict[Lab, str] = {}
@@ -112,7 +112,7 @@ def _digest(lab: Lab, referenced: Iterable[Lab]) -> str:
 
 
 def _imports(file: Path, seen: dict[Path, None] | None = None) -> Iterator[Path]:
-    """Yield a learner's file and every file of code/ that it imports, directly or not."""
+    """Yield a learner's file and every other one that it imports, directly or not."""
     seen = {} if seen is None else seen
     if file in seen:
         return
@@ -123,8 +123,9 @@ def _imports(file: Path, seen: dict[Path, None] | None = None) -> Iterator[Path]
     except (OSError, SyntaxError, ValueError):
         return
     for name in layers.imported_modules(tree):
-        if layers.week_of(name):
-            yield from _imports(layers.CODE / (name.replace(".", "/") + ".py"), seen)
+        if layers.is_of_a_lab(name):
+            tree = layers.learner_tree(name.partition(".")[0])
+            yield from _imports(tree / (name.replace(".", "/") + ".py"), seen)
 
 
 def _read_cache() -> dict[str, dict]:
@@ -141,8 +142,9 @@ def _write_cache(old: dict[str, dict], new: dict[str, dict]) -> None:
 
 
 def next_step(grades: dict[Lab, Grade]) -> str:
-    """Name the one thing to do next."""
-    open_labs = [lab for lab, grade in grades.items() if grade.state in ("started", "not started")]
+    """Name the one thing to do next; drills are there for whoever wants them."""
+    states = ("started", "not started")
+    open_labs = [lab for lab in grades if grades[lab].state in states and not lab.is_drill]
     if not open_labs:
         taken = [lab.name for lab, grade in grades.items() if grade.state == "reference"]
         if taken:
@@ -150,7 +152,7 @@ def next_step(grades: dict[Lab, Grade]) -> str:
                 f"Nothing of yours is open. Taken from the reference: {', '.join(taken)}; "
                 f"take them out of progress/{layers.REFERENCE_FILE.name} to write them yourself"
             )
-        last = list(grades)[-1].name
+        *_, last = (lab.name for lab in grades if not lab.is_drill)
         return f"Every lab is green. Compare each with the reference, as in: course reveal {last}"
     lab = open_labs[0]
     environment = (

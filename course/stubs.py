@@ -259,7 +259,7 @@ def _imports_a_lab(statement: "BaseStatement") -> bool:
     line = statement.body[0] if isinstance(statement, cst.SimpleStatementLine) else None
     if not isinstance(line, cst.ImportFrom) or line.module is None:
         return False
-    return layers.week_of(cst.Module([]).code_for_node(line.module)) is not None
+    return layers.is_of_a_lab(cst.Module([]).code_for_node(line.module))
 
 
 def _rewritten(

@@ -10,7 +10,7 @@ from typing import Any
 from course import models, progress, status, tracker
 from course.engine import Engine, LabCrashed, assemble
 from course.grading import LabUnusable
-from course.labs import Lab, all_labs
+from course.labs import Lab, week_labs
 
 LABS_PER_LINE = 4
 
@@ -175,8 +175,8 @@ def _chosen_labs(engine: str) -> tuple[set[Lab], list[str]]:
     if engine == "solutions":
         return set(), []
     if engine == "code":
-        return set(all_labs()), []
-    grades = status.grade_all()
+        return set(week_labs()), []
+    grades = {lab: grade for lab, grade in status.grade_all().items() if not lab.is_drill}
     remarks = [
         f"{lab.name}: {grade.passed} of {grade.total} tests pass, so the reference runs, not yours"
         for lab, grade in grades.items()

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from course import files, layers, notes, predict, progress
-from course.labs import ROOT, Lab
+from course.labs import DRILLS, ROOT, Lab
 from course.status import SYMBOLS, Grade
 
 FOLDER = ROOT / "progress"
@@ -117,11 +117,18 @@ def standing(grades: dict[Lab, Grade], events: Iterable[dict]) -> dict[Lab, Stan
 
 
 def board(grades: dict[Lab, Grade], events: Iterable[dict]) -> str:
-    """Draw the board for a terminal of 80 columns: one line a lab."""
-    standings = standing(grades, events)
-    width = max(len(lab.name) for lab in standings)
+    """Draw the board for a terminal of 80 columns: one line a lab; drills once one is begun."""
+    labs, drills = _apart(standing(grades, events))
+    width = max(len(lab.name) for lab in [*labs, *drills])
     head = ("", "tests", "mastery", "tries", "hints", "active")
-    lines = [_board_line("  ", "lab".ljust(width), *head)]
+    lines = [_board_line("  ", "lab".ljust(width), *head), *_board_lines(labs, width)]
+    lines.append(_num_green(labs, "labs"))
+    if drills:
+        lines += ["", *_board_lines(drills, width), _num_green(drills, "drills")]
+    return "\n".join(lines)
+
+
+def _board_lines(standings: dict[Lab, Standing], width: int) -> Iterable[str]:
     for lab, found in standings.items():
         cells = (
             "delegated" if found.delegated else found.state,
@@ -129,9 +136,20 @@ def board(grades: dict[Lab, Grade], events: Iterable[dict]) -> str:
             "" if found.state in ("not started", "reference") else _stars(found),
             *_counts(found),
         )
-        lines.append(_board_line(SYMBOLS[found.state], lab.name.ljust(width), *cells))
+        yield _board_line(SYMBOLS[found.state], lab.name.ljust(width), *cells)
+
+
+def _num_green(standings: dict[Lab, Standing], what: str) -> str:
     done = sum(found.state == "green" for found in standings.values())
-    return "\n".join([*lines, f"{done} of {len(standings)} labs are green"])
+    return f"{done} of {len(standings)} {what} are green"
+
+
+def _apart(standings: dict[Lab, Standing]) -> tuple[dict[Lab, Standing], dict[Lab, Standing]]:
+    """Part the weeks' labs from the drills; these are empty until one is begun."""
+    labs = {lab: found for lab, found in standings.items() if not lab.is_drill}
+    drills = {lab: found for lab, found in standings.items() if lab.is_drill}
+    is_begun = any(found.state != "not started" or found.attempts for found in drills.values())
+    return labs, drills if is_begun else {}
 
 
 def _board_line(symbol: str, lab: str, state: str, tests: str, stars: str, *counts: str) -> str:
@@ -290,12 +308,17 @@ def _best_medal(own: Iterable[dict]) -> str:
 
 
 def _documents(standings: dict[Lab, Standing], events: Sequence[dict]) -> dict[Path, str]:
-    """Write out every derived file; returns the texts, without their first line, by path."""
+    """Write out every derived file; returns the texts, without their first line, by path.
+
+    Drills have a table in the tracker and no part in the rest.
+    """
+    of_weeks, drills = _apart(standings)
+    events = [event for event in events if event["lab"] in {lab.name for lab in of_weeks}]
     documents = {
-        FOLDER / "tracker.md": _tracker(standings),
-        FOLDER / "achievement_log.md": _achievements(standings, events),
+        FOLDER / "tracker.md": _tracker(of_weeks, drills),
+        FOLDER / "achievement_log.md": _achievements(of_weeks, events),
     }
-    for week, labs in _weeks(standings).items():
+    for week, labs in _weeks(of_weeks).items():
         number = week.removeprefix("week")
         own = [event for event in events if event["lab"].startswith(f"{week}/")]
         if own:
@@ -314,13 +337,13 @@ def _weeks(standings: dict[Lab, Standing]) -> dict[str, dict[Lab, Standing]]:
     return weeks
 
 
-def _tracker(standings: dict[Lab, Standing]) -> str:
+def _tracker(standings: dict[Lab, Standing], drills: dict[Lab, Standing]) -> str:
     head = (
         *("lab", "standing", "tests", "mastery", "attempts", "hints", "active time", "medal"),
         "green since",
     )
     parts = ["# Progress", _sum(standings)]
-    for week, labs in _weeks(standings).items():
+    for week, labs in _weeks({**standings, **drills}).items():
         rows = [
             (
                 f"[{lab.name}](../sessions/{lab.name}.md)",
@@ -330,7 +353,10 @@ def _tracker(standings: dict[Lab, Standing]) -> str:
             )
             for lab, found in labs.items()
         ]
-        parts += [f"## Week {week.removeprefix('week')}", _table(head, rows), _sum(labs)]
+        if week in DRILLS:
+            parts += [f"## Drills: {week}", _table(head, rows), _sum(labs, "drills")]
+        else:
+            parts += [f"## Week {week.removeprefix('week')}", _table(head, rows), _sum(labs)]
     return "\n\n".join([*parts, "## How to read this", LEGEND])
 
 
@@ -387,11 +413,10 @@ def _milestone(number: str, labs: dict[Lab, Standing]) -> str:
         for lab, found in labs.items()
     ]
     dates = [found.first_green for found in labs.values()]
-    unknown = [lab.name for lab, found in labs.items() if not found.first_green]
+    unknown = [lab.path for lab, found in labs.items() if not found.first_green]
     reached = f"Reached: {_minute(max(dates))} UTC."
     if unknown:
-        paths = " ".join(f"code/{name}.py" for name in unknown)
-        reached = f"Reached; for the date, a graded run is missing: `pytest {paths}`."
+        reached = f"Reached; for the date, a graded run is missing: `pytest {' '.join(unknown)}`."
     months = sorted({date[:7] for date in dates if date})
     logs = ", ".join(f"progress/log/{month}.jsonl" for month in months)
     parts = [f"# Week {number}: every lab is green", reached, _table(head, rows)]
@@ -485,16 +510,15 @@ def _counts(found: Standing) -> tuple[str, str, str]:
     return str(found.attempts), str(found.hints), _duration(found.seconds)
 
 
-def _sum(standings: dict[Lab, Standing]) -> str:
+def _sum(standings: dict[Lab, Standing], what: str = "labs") -> str:
     """Say in one sentence what some labs come to."""
     all_of_them = standings.values()
     own = [found for found in all_of_them if found.state != "reference"]
     stars, max_stars = sum(len(f.mastery) for f in own), sum(f.max_stars for f in own)
     attempts, hints = sum(f.attempts for f in all_of_them), sum(f.hints for f in all_of_them)
-    green = sum(found.state == "green" for found in all_of_them)
     seconds = sum(found.seconds for found in all_of_them)
     return (
-        f"{green} of {len(standings)} labs are green; {stars} of {max_stars} stars; attempts: "
+        f"{_num_green(standings, what)}; {stars} of {max_stars} stars; attempts: "
         f"{attempts}; hints: {hints}; active time: {_duration(seconds)}."
     )
 

@@ -24,7 +24,7 @@ import yaml
 
 from course import leaks, notes
 from course.hints import NUM_ATTEMPTS
-from course.labs import ROOT, WEEKS, Lab, find_labs
+from course.labs import DRILLS, ROOT, WEEKS, Lab, all_labs, find_labs
 
 FIXTURES = ROOT / "tests" / "course" / "transcripts"
 KINDS = {
@@ -57,7 +57,7 @@ _RECORD = re.compile(
     r"|(?P<revealed>revealed))\]$",
     re.MULTILINE,
 )
-_LAB = re.compile(rf"\b(?:{'|'.join(WEEKS)})/\w+")
+_LAB = re.compile(rf"\b(?:{'|'.join([*WEEKS, *DRILLS])})/\w+")
 _CODE = re.compile(r"^[ \t]*(```+|~~~+).*?^[ \t]*\1[ \t]*$|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 _SENTENCE = re.compile(r"[^.!?。！？\n]+(?:[.!?](?=[\s\"”’)*_]|$)|[。！？\n]|$)")
 _LOG = re.compile(r"progress/log/|^#+ .*(session log|学习记录)", re.IGNORECASE | re.MULTILINE)
@@ -204,7 +204,7 @@ def _lab(about: dict, turns: Iterable[Turn], name: str) -> Lab | None:
     named = about.get("lab")
     if named is None:
         spoken = [found for turn in turns for found in _LAB.findall(turn.text)]
-        labs = [lab.name for week in WEEKS for lab in find_labs(week)]
+        labs = [lab.name for lab in all_labs()]
         named = next((found for found in spoken if found in labs), None)
         if named is None:
             return None

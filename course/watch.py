@@ -47,7 +47,7 @@ Events = queue.SimpleQueue[tuple[str, Any]]
 
 
 def watch(lab: Lab | None, poll: bool) -> int:
-    """Grade a lab now and after every save under code/, until q or the end of the input.
+    """Grade a lab now and after every save of a lab or drill, until q or the end of the input.
 
     lab: None means the first that is not green. poll: look at the files twice a second, for places
     where the system announces no saves. Returns the exit status.
@@ -347,7 +347,7 @@ class _Watcher:
             return "Looking for the next open lab …" if self._jobs.is_running("next") else ""
         lab = _first_open(self._grades, besides=self._lab)
         if lab is None:
-            return "Every lab is green."
+            return f"Every {'drill' if self._lab.is_drill else 'lab'} is green."
         return f"Next: {lab.name}, with the key n" if self._has_keys else f"Next: {lab.name}"
 
     def _footer(self) -> str:
@@ -361,8 +361,10 @@ class _Watcher:
 
 
 def _first_open(grades: dict[Lab, status.Grade], besides: Lab | None = None) -> Lab | None:
-    states = ("started", "not started")
-    return next((lab for lab in grades if grades[lab].state in states and lab != besides), None)
+    """Find the first lab that is not green; from a drill, the first such drill."""
+    states, is_drill = ("started", "not started"), besides is not None and besides.is_drill
+    own = [lab for lab in grades if lab.is_drill == is_drill and lab != besides]
+    return next((lab for lab in own if grades[lab].state in states), None)
 
 
 def _read_round(lab: Lab, job: _Job, target: Path) -> _Round:
@@ -411,21 +413,22 @@ def _last_lines(job: _Job) -> str:
 
 
 def _saved_files() -> dict[Path, tuple[int, int]]:
-    """Return time and size of every Python file under code/."""
+    """Return time and size of every Python file of the learner's."""
     files = {}
-    for path in layers.CODE.rglob("*.py"):
-        # Emacs marks a file that is being edited, and not yet saved, with a link .#NAME.
-        if any(part.startswith(".") for part in path.relative_to(layers.CODE).parts):
-            continue
-        with contextlib.suppress(OSError):  # gone since it was listed
-            stat = path.stat()
-            files[path] = (stat.st_mtime_ns, stat.st_size)
+    for folder in layers.learner_folders():
+        for path in folder.rglob("*.py"):
+            # Emacs marks a file that is being edited, and not yet saved, with a link .#NAME.
+            if any(part.startswith(".") for part in path.relative_to(folder).parts):
+                continue
+            with contextlib.suppress(OSError):  # gone since it was listed
+                stat = path.stat()
+                files[path] = (stat.st_mtime_ns, stat.st_size)
     return files
 
 
 @contextlib.contextmanager
 def _notices(events: Events) -> Iterator[None]:
-    """Announce every change under code/ as long as the block runs."""
+    """Announce every change of a learner's file as long as the block runs."""
     stop = threading.Event()
 
     def notice() -> None:
@@ -433,8 +436,9 @@ def _notices(events: Events) -> Iterator[None]:
         with contextlib.suppress(Exception):
             import watchfiles
 
+            folders = [folder for folder in layers.learner_folders() if folder.is_dir()]
             changes = watchfiles.watch(
-                layers.CODE, watch_filter=None, debounce=400, step=100, stop_event=stop
+                *folders, watch_filter=None, debounce=400, step=100, stop_event=stop
             )
             for _ in changes:
                 events.put(("saved", None))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from course import stubs
-from course.labs import ROOT, all_labs
+from course.labs import ROOT, all_labs, find_labs
 
 COPIED = ("conftest.py", "pyproject.toml", "requirements.txt", "course", "solutions", "tests")
 
@@ -31,7 +31,7 @@ class Tree:
         record = {}
         for lab in all_labs():
             text = stubs.make_stub(lab)
-            self.write(f"code/{lab.name}.py", text)
+            self.write(lab.path, text)
             record[lab.name] = stubs.digest_of(text)
         self.write("code/.stubs.json", json.dumps(record))
 
@@ -47,8 +47,8 @@ class Tree:
 
     def solve(self, *names: str) -> None:
         """Put the reference in the place of the learner's files."""
-        for name in names:
-            shutil.copyfile(self.root / f"solutions/{name}.py", self.root / f"code/{name}.py")
+        for lab in [lab for name in names for lab in find_labs(name)]:
+            shutil.copyfile(self.root / f"solutions/{lab.name}.py", self.root / lab.path)
 
     def run(self, *words: str, cwd: str = ".", **environment: str) -> subprocess.CompletedProcess:
         """Run `python -m WORDS` in the copy; its output is text, both streams in stdout."""

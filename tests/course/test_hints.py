@@ -51,7 +51,7 @@ def pasted(stub: str, name: str, body: str) -> str:
 
 def leaks(tree, given: dict[Lab, list[Hint]], *options: str) -> list[str]:
     """Grade stubs with the hints' own code pasted in; returns the labs where any test passes."""
-    stubs = {lab: tree.read(f"code/{lab.name}.py") for lab in given}
+    stubs = {lab: tree.read(lab.path) for lab in given}
     columns = [
         [
             (lab, hint.name, body)
@@ -70,8 +70,8 @@ def leaks(tree, given: dict[Lab, list[Hint]], *options: str) -> list[str]:
         for lab, name, body in pieces:
             texts[lab] = pasted(texts[lab], name, body)
         for lab, text in texts.items():
-            tree.write(f"code/{lab.name}.py", text)
-        touched = {f"code/{lab.name}.py" for lab, _, _ in pieces}
+            tree.write(lab.path, text)
+        touched = {lab.path for lab, _, _ in pieces}
         grades = tree.grades(*sorted(touched), *options)
         leaking += [name for name, grade in grades.items() if grade["passed"]]
     return leaking

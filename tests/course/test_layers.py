@@ -16,6 +16,11 @@ NUM_TESTS = {
     "week1/qwen": 133,
     "week1/generate": 189,
     "week1/sampling": 299,
+    "basic/ring_buffer": 75,
+    "basic/free_list": 54,
+    "basic/lru_cache": 35,
+    "basic/hash_chain": 114,
+    "basic/priority_queue": 48,
 }
 
 ATTENTION, ROPE = "week1/attention", "week1/rope"
@@ -37,6 +42,7 @@ def attention_is_green_and_rope_says(tree, *sentences, args=()):
 
 def test_no_package_files_in_the_learners_tree():
     assert not list(ROOT.glob("code/**/__init__.py"))
+    assert not list(ROOT.glob("exercises/basic/**/__init__.py"))
     assert not list(ROOT.glob("solutions/**/__init__.py"))
 
 
@@ -44,17 +50,20 @@ def test_no_lab_is_named_like_a_standard_module():
     assert not {lab.stem for lab in all_labs()} & sys.stdlib_module_names
 
 
-def test_pristine_stubs_are_red_only_because_nothing_is_written(tree):
+@pytest.mark.parametrize("path", ["code", "exercises"])
+def test_pristine_stubs_are_red_only_because_nothing_is_written(tree, path):
     target = tree.root / "grades.json"
-    result = tree.pytest("code", "--grade-json", str(target))
+    labs = [lab for lab in all_labs() if lab.path.startswith(f"{path}/")]
+    num_tests = {lab.name: NUM_TESTS[lab.name] for lab in labs}
+    result = tree.pytest(path, "--grade-json", str(target))
     grades = json.loads(target.read_text())
-    assert {name: grade["not_written"] for name, grade in grades.items()} == NUM_TESTS
+    assert {name: grade["not_written"] for name, grade in grades.items()} == num_tests
     for grade in grades.values():
         assert (grade["passed"], grade["skipped"]) == (0, 0)
         assert grade["failed"] == grade["not_written"]
     assert result.returncode == 1
-    assert f"{sum(NUM_TESTS.values())} failed" in result.stdout
-    for lab in all_labs():
+    assert f"{sum(num_tests.values())} failed" in result.stdout
+    for lab in labs:
         assert result.stdout.count(f"{lab.name}.py: not written yet") == 1
     assert "Traceback" not in result.stdout and "FAILURES" not in result.stdout
     # One screen: the dots of a file fill at most three lines.

@@ -461,15 +461,23 @@ def test_stubs_are_formatted(formatted):
 
 def test_stubs_import_with_nothing_but_code_on_the_path(tree):
     program = (
-        "import importlib, sys; sys.path.insert(0, sys.argv[1])\n"
-        "for name in sys.argv[2:]:\n"
+        "import importlib, sys; sys.path[:0] = sys.argv[1:3]\n"
+        "for name in sys.argv[3:]:\n"
         "    module = importlib.import_module(name)\n"
         "    print(module.__file__)\n"
         "    [getattr(module, task) for task in module.__all__]\n"
     )
     modules = [lab.module for lab in all_labs()]
     done = subprocess.run(
-        [sys.executable, "-I", "-c", program, str(tree / "code"), *modules],
+        [
+            sys.executable,
+            "-I",
+            "-c",
+            program,
+            str(tree / "code"),
+            str(tree / "exercises"),
+            *modules,
+        ],
         capture_output=True,
         text=True,
     )

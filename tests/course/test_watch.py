@@ -90,6 +90,7 @@ def test_without_watchfiles_there_are_no_notices_and_the_files_are_looked_at(mon
 
 def test_what_counts_as_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "CODE", tmp_path)
+    monkeypatch.setattr(layers, "EXERCISES", tmp_path / "exercises")
     (tmp_path / "week1").mkdir()
     file = tmp_path / "week1/rope.py"
     file.write_text("x = 1")
