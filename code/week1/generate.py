@@ -34,8 +34,9 @@ def next_token_logits(model: Qwen, token_ids: Sequence[int]) -> Tensor:
     """Score the next token by running the model over the whole sequence.
 
     token_ids: the prompt and everything generated so far, at least one id.
-    Returns (vocab_size,) float32 on the model's device, without a gradient. Week 2's cache replaces
-    this function: the same arguments, less work.
+    Returns (vocab_size,) float32 on the model's device, without a gradient. Only the last token is
+    scored against the vocabulary. Week 2's cache replaces this function: the same arguments, less
+    work.
     """
     raise NotImplementedError(
         "week1/generate.py: next_token_logits is not written yet → sessions/week1/generate.md"

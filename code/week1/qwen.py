@@ -103,7 +103,8 @@ class Qwen(nn.Module):
         feed-forward block of that layer; None means an `MLP` in every layer.
     Submodules carry their checkpoint names without the leading "model.": embed_tokens, layers
     (a torch.nn.ModuleList of DecoderLayer), norm, and lm_head, a torch.nn.Linear without a bias.
-    With tie_word_embeddings, lm_head and embed_tokens have one weight, the same Parameter.
+    With tie_word_embeddings, lm_head and embed_tokens have one weight, the same Parameter; no other
+    two names share one.
     """
 
     def __init__(
@@ -118,8 +119,8 @@ class Qwen(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Compute the final hidden state of every token.
 
-        input_ids, positions: (..., tokens) int64, left as they were. attend: see `Attend` in
-            week1/gqa.py.
+        input_ids, positions: (..., tokens) int64, left as they were; every position up to
+            config.max_position_embeddings - 1 is accepted. attend: see `Attend` in week1/gqa.py.
         Returns (..., tokens, hidden_size), behind the last norm.
         """
         raise NotImplementedError(

@@ -94,9 +94,9 @@ def draw(probabilities: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     seeds: (batch,) int64, at least 0. positions: (batch,) int64, at least 0: the place in its
         sequence that the drawn token will have. All three are left as they were.
     Returns (batch,) int64. A row's token does not depend on the other rows, on their number, or on
-    any call before; a token of probability 0 is never drawn; over many positions of one seed, and
-    over many seeds at one position, tokens come out with their probabilities and independently, in
-    large vocabularies too: the noise has 24 bits or more.
+    any call before; a token of probability 0 is never drawn; over many positions of one seed, over
+    many seeds at one position, and between any two pairs that differ, tokens come out with their
+    probabilities and independently, in large vocabularies too: the noise has 24 bits or more.
     """
     raise NotImplementedError(
         "week1/sampling.py: draw is not written yet → sessions/week1/sampling.md"

@@ -1,7 +1,4 @@
-"""Grades week1/generate: the scores of the next token, the detokenizer, stop strings, the loop.
-
-A comment "case N" behind a test's name means case N of ENGINE.md.
-"""
+"""Grades week1/generate: the scores of the next token, the detokenizer, stop strings, the loop."""
 
 import copy
 import itertools
@@ -68,7 +65,7 @@ class Vocabulary:
 
     def certain(self, ids):
         """The text that has its last byte. What follows may still become a character."""
-        return self(ids).rstrip(UNFINISHED)
+        return self(ids).removesuffix(UNFINISHED)
 
 
 def cut(data, places):
@@ -106,17 +103,17 @@ def single_bytes(data):
 
 @pytest.mark.parametrize("strips_space", [False, True], ids=["", "strips-space"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_detokenizer_of_one_byte_an_id(script, strips_space):  # case 16
+def test_detokenizer_of_one_byte_an_id(script, strips_space):
     check_stream(single_bytes((SCRIPTS[script] * 2).encode()), strips_space)
 
 
 @given(st.sampled_from(sorted(SCRIPTS)), st.lists(st.integers(0, 10_000), max_size=60))
-def test_detokenizer_of_characters_cut_anywhere(script, places):  # case 16
+def test_detokenizer_of_characters_cut_anywhere(script, places):
     check_stream(cut(SCRIPTS[script].encode(), places))
 
 
 @given(st.text(ALPHABET, max_size=40), st.lists(st.integers(0, 10_000), max_size=40), st.booleans())
-def test_detokenizer_of_any_text_cut_anywhere(text, places, strips_space):  # case 16
+def test_detokenizer_of_any_text_cut_anywhere(text, places, strips_space):
     check_stream(cut(text.encode(), places), strips_space)
 
 
@@ -126,7 +123,7 @@ UGLY_BYTES = b"\x80\x9f\x98\x81\xac\xa0\xf0\xe2\xe0\xed\xc3\xff\xc0 a"
 
 @settings(max_examples=150)
 @given(st.lists(st.lists(st.sampled_from(UGLY_BYTES), max_size=3).map(bytes), max_size=40))
-def test_detokenizer_of_invalid_bytes(pieces):  # case 16
+def test_detokenizer_of_invalid_bytes(pieces):
     check_stream(pieces)
 
 
@@ -151,7 +148,7 @@ def test_detokenizer_of_ids_without_text(num_textless, strips_space):
     st.lists(st.tuples(st.integers(0, 99), st.integers(1, 12)), max_size=8),
     st.booleans(),
 )
-def test_detokenizer_of_ids_without_text_anywhere(text, textless, strips_space):  # case 16
+def test_detokenizer_of_ids_without_text_anywhere(text, textless, strips_space):
     pieces = single_bytes(text.encode())
     for place, count in textless:
         place %= len(pieces) + 1
@@ -160,7 +157,7 @@ def test_detokenizer_of_ids_without_text_anywhere(text, textless, strips_space):
 
 
 @pytest.mark.parametrize("end", [b"\xf0", b"\xf0\x9f\x98", b"\xe6\x97", b"\xc3"], ids=str)
-def test_detokenizer_of_a_character_cut_off_at_the_end(end):  # case 16
+def test_detokenizer_of_a_character_cut_off_at_the_end(end):
     pieces = [b"so", *single_bytes("é 😀".encode()), *single_bytes(end)]
     check_stream(pieces)
     detokenizer = generate_lab.IncrementalDetokenizer(Vocabulary(pieces))
@@ -175,6 +172,14 @@ def test_detokenizer_returns_a_character_with_its_last_byte():
     detokenizer = generate_lab.IncrementalDetokenizer(Vocabulary(pieces))
     got = [detokenizer.add(i) for i in range(len(pieces))]
     check_equal(got, ["a", "", "", "😁!", "日", "本é", "."], "what add returns", of=told(pieces))
+
+
+def test_detokenizer_holds_back_no_more_than_one_replacement_character():
+    pieces = [b"a\x80", b"\x80", b"\xff\xff", b"\xf0", b"\x9f\x98", b"b\x80\x80\x80", b"c"]
+    detokenizer = generate_lab.IncrementalDetokenizer(Vocabulary(pieces))
+    got = [detokenizer.add(i) for i in range(len(pieces))]
+    texts = ["a", "\ufffd", "\ufffd" * 2, "\ufffd", "", "\ufffdb\ufffd\ufffd", "\ufffdc"]
+    check_equal(got, texts, "what add returns", of=told(pieces))
 
 
 def test_detokenizer_of_a_replacement_character_in_the_text():
@@ -212,7 +217,7 @@ LONG_STREAMS = {
 
 @pytest.mark.parametrize("strips_space", [False, True], ids=["", "strips-space"])
 @pytest.mark.parametrize("stream", LONG_STREAMS)
-def test_detokenizer_whose_cost_does_not_grow(stream, strips_space):  # case 16
+def test_detokenizer_whose_cost_does_not_grow(stream, strips_space):
     pieces = LONG_STREAMS[stream]
     decode = Vocabulary(pieces, strips_space)
     detokenizer = generate_lab.IncrementalDetokenizer(decode)
@@ -290,7 +295,7 @@ STOP_CASES = {
 
 
 @pytest.mark.parametrize("case", STOP_CASES)
-def test_matcher_by_hand(case):  # case 17
+def test_matcher_by_hand(case):
     check_matcher(*STOP_CASES[case])
 
 
@@ -300,7 +305,7 @@ def test_matcher_by_hand(case):  # case 17
     st.lists(st.text("ab", min_size=1, max_size=6), max_size=4),
     st.lists(st.integers(0, 100), max_size=8),
 )
-def test_matcher_however_the_text_is_cut(text, stops, places):  # case 17
+def test_matcher_however_the_text_is_cut(text, stops, places):
     check_matcher(cut(text, places), stops)
 
 
@@ -309,7 +314,7 @@ def test_matcher_however_the_text_is_cut(text, stops, places):  # case 17
     st.text("<|im_end>", max_size=30),
     st.lists(st.sampled_from(["<|im_end|>", "<|", "|>", "_end", "im"]), min_size=1, max_size=3),
 )
-def test_matcher_one_character_at_a_time(text, stops):  # case 17
+def test_matcher_one_character_at_a_time(text, stops):
     check_matcher(list(text), stops)
 
 
@@ -436,7 +441,7 @@ def test_loop_never_exceeds_max_model_len(room, max_tokens, count):
     st.sets(st.integers(0, 39), max_size=12),
     st.integers(1, 20),
 )
-def test_loop_ends_with_any_end_of_sequence_id(prompt, eos, max_tokens):  # case 18
+def test_loop_ends_with_any_end_of_sequence_id(prompt, eos, max_tokens):
     got = run(RollingModel(), prompt, max_tokens=max_tokens, eos_token_ids=eos)
     expected = rolling_ids(prompt, max_tokens, eos)
     reason = "length" if len(expected) == max_tokens else "stop"
@@ -445,7 +450,7 @@ def test_loop_ends_with_any_end_of_sequence_id(prompt, eos, max_tokens):  # case
 
 @pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
 @pytest.mark.parametrize("eos", [50, 51, 52])
-def test_loop_takes_end_of_sequence_ids_in_any_collection(kind, eos):  # case 18
+def test_loop_takes_end_of_sequence_ids_in_any_collection(kind, eos):
     model = Script([1], [3, 4, eos, 5])
     got = run(model, [1], eos_token_ids=kind([52, 50, 51]))
     check_completion(got, [3, 4], "DE", "stop")
@@ -474,7 +479,7 @@ def test_loop_with_end_of_sequence_at_max_tokens(max_tokens, count, reason):
 
 @pytest.mark.parametrize("min_tokens", [0, 1, 4, 6])
 @pytest.mark.parametrize("score", [4.0, 12.0], ids=["below", "above"])
-def test_loop_masks_every_end_of_sequence_id_until_min_tokens(score, min_tokens):  # case 18
+def test_loop_masks_every_end_of_sequence_id_until_min_tokens(score, min_tokens):
     scores = torch.tensor([0.5, score, 9.0, -3.0, 8.0])
     masked = torch.tensor([0.5, score, -math.inf, -3.0, -math.inf])
     before, seen = scores.clone(), []
@@ -548,7 +553,7 @@ BAD_REQUESTS = {
 
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)
-def test_loop_refuses_bad_requests_before_the_first_step(case):  # case 14
+def test_loop_refuses_bad_requests_before_the_first_step(case):
     prompt, changed, mentions = BAD_REQUESTS[case]
     model, pieces = RollingModel(), []
     arguments = {"max_tokens": 5, "max_model_len": 100, "eos_token_ids": {9}, **changed}
@@ -620,12 +625,12 @@ TEXT_CASES = {
 
 
 @pytest.mark.parametrize("case", TEXT_CASES)
-def test_loop_with_a_stop_string(case):  # case 17
+def test_loop_with_a_stop_string(case):
     check_text(*TEXT_CASES[case])
 
 
 @pytest.mark.parametrize("case", TEXT_CASES)
-def test_loop_with_a_stop_string_before_end_of_sequence(case):  # case 17
+def test_loop_with_a_stop_string_before_end_of_sequence(case):
     check_text(*TEXT_CASES[case], reason_without_stop="stop", ends_with_eos=True)
 
 
@@ -639,7 +644,7 @@ UNITS = [[b"a"], [b"b"], [b"ab"], [b"ba"], [b""], [b"b\xc3", b"\xa9"], [b"\xc3",
     st.lists(st.sampled_from(["a", "ab", "aba", "bb", "é", "éa", "bé", "baab"]), max_size=3),
     st.booleans(),
 )
-def test_loop_cuts_text_and_ids_alike(units, stops, ends_with_eos):  # case 17
+def test_loop_cuts_text_and_ids_alike(units, stops, ends_with_eos):
     pieces = [piece for unit in units for piece in unit]
     check_text(pieces, stops, "stop" if ends_with_eos else "length", ends_with_eos)
 
@@ -677,14 +682,14 @@ def test_loop_keeps_the_prompt_out_of_stop_strings():
     check_completion(got, [1, 2], "op>a", "length")
 
 
-def test_loop_streams_characters():  # case 16
+def test_loop_streams_characters():
     data = "né 日本 👍🏽 ok".encode()
     pieces = cut(data, random.Random(3).sample(range(len(data)), 12))
     check_text(pieces, [])
     check_text(single_bytes(data), ["本 👎", "k!"])
 
 
-def test_loop_whose_cost_does_not_grow():  # case 16
+def test_loop_whose_cost_does_not_grow():
     pieces = [b" word", "日".encode(), b"\xc3", b"\xa9", b"<"] * 300
     decode = Vocabulary([*pieces, b"P"])
     model, costs = Script([len(pieces)], range(len(pieces))), []
@@ -717,6 +722,7 @@ class Ledger(nn.Module):
         self.norm = nn.LayerNorm(3, device=device)
         self.lm_head = nn.Linear(3, 50, bias=False, device=device)
         self.layers = nn.ModuleList()
+        self.num_scored = 0
 
     def forward(self, input_ids, positions, attend):
         check_equal(input_ids.device, self.lm_head.weight.device, "the device of the ids")
@@ -726,6 +732,7 @@ class Ledger(nn.Module):
         return torch.stack((products.cumsum(-1), input_ids, positions), dim=-1).float()
 
     def logits(self, hidden):
+        self.num_scored += hidden[..., 0].numel()
         return self.lm_head(hidden)
 
 
@@ -736,6 +743,13 @@ def test_next_token_logits_has_every_id_at_its_position(ids):
     expected = (model.lm_head.weight.double() @ torch.tensor(row).double()).detach()
     got = generate_lab.next_token_logits(model, ids)
     check_close(got, expected, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 300])
+def test_next_token_logits_scores_the_last_token_only(num_tokens):
+    model = Ledger()
+    generate_lab.next_token_logits(model, [i % 50 for i in range(num_tokens)])
+    check_equal(model.num_scored, 1, "how many tokens were scored against the vocabulary")
 
 
 def test_next_token_logits_works_on_the_models_device():

@@ -566,8 +566,10 @@ def test_block_has_fewer_heads_when_its_weights_are_narrower():
     expected = oracle_block(other, part, x, positions)
     for name in MODULES:
         setattr(block, name, getattr(other, name))
-    got = block(x, positions, plain_attend)
     of = of_block(
         whole, x, " after its projections were replaced by those of 4 heads and 1 kv head"
     )
-    check_close(got, expected, dtype=torch.float32, of=of)
+    parts = zip("qkv", block.project(x), expected_projections(other, x, part[3]), strict=True)
+    for name, got, want in parts:
+        check_close(got, want, dtype=torch.float32, of=f"project, for {name} of {of}")
+    check_close(block(x, positions, plain_attend), expected, dtype=torch.float32, of=of)

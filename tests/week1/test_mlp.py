@@ -50,6 +50,22 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+# (a row, its weight, eps, the result): roots that a person can take on paper.
+BY_HAND = {
+    "a row": ([1.0, 7.0], [1.0, 1.0], 0.0, [0.2, 1.4]),
+    "signs": ([-3.0, 3.0, 3.0], [1.0, 1.0, 1.0], 0.0, [-1.0, 1.0, 1.0]),
+    "weights": ([1.0, 7.0], [10.0, -5.0], 0.0, [2.0, -7.0]),
+    "eps": ([1.0, 7.0], [10.0, 10.0], 75.0, [1.0, 7.0]),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_rms_norm_by_hand(case):
+    x, weight, eps, expected = BY_HAND[case]
+    got = mlp_lab.rms_norm(torch.tensor(x), torch.tensor(weight), eps)
+    check_close(got, torch.tensor(expected))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rms_norm_matches_float64(shape, dtype):

@@ -92,11 +92,13 @@ def test_table_of_few_positions(num_positions):
 def test_table_of_a_long_context(theta):
     got = rope.rotary_table(20, 40_000, theta)
     expected = oracle_table(40_000, 20, theta)
-    # A block of rows at a time, since the allowance grows with the position.
     check_has_shape(got, (40_000, 20))
-    for end in (40_000, 20_000, 5_000, 1_000):
-        rows = slice(end // 2, end)
-        check_close(got[rows], expected[rows], dtype=torch.float32, tolerance=float32_angles(end))
+    # More rows each time, since the allowance grows with the position; always from row 0 on, so
+    # that a difference is named by its place in the table.
+    for end in (1_000, 5_000, 20_000, 40_000):
+        of = f"the first {end:,} rows of rotary_table(20, 40_000, theta={theta:g})"
+        tolerance = float32_angles(end)
+        check_close(got[:end], expected[:end], dtype=torch.float32, tolerance=tolerance, of=of)
 
 
 @pytest.mark.parametrize("head_dim", [-2, 0, 1, 7, 129])
@@ -121,6 +123,29 @@ def test_table_on_the_cpu_while_a_model_is_built_without_memory():
         table = rope.rotary_table(8, 5, 1e4, device="cpu")
     check_equal(table.device.type, "cpu", "the table's device")
     check_close(table, oracle_table(5, 8, 1e4), dtype=torch.float32)
+
+
+# (row 1 of the table, a token, the same token turned to position 1)
+BY_HAND = {
+    "head_dim=2": ([0.6, 0.8], [1.0, 0.0], [0.6, 0.8]),
+    "head_dim=2, the other axis": ([0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]),
+    "head_dim=4, the first pair": (
+        [0.6, 1.0, 0.8, 0.0], [1.0, 0.0, 0.0, 0.0], [0.6, 0.0, 0.8, 0.0],
+    ),
+    "head_dim=4, the second pair": (
+        [1.0, 0.6, 0.0, 0.8], [0.0, 10.0, 0.0, 0.0], [0.0, 6.0, 0.0, 8.0],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_rotation_by_hand(case):
+    row, x, expected = BY_HAND[case]
+    half = len(row) // 2
+    table = torch.tensor([[1.0] * half + [0.0] * half, row])
+    got = rope.apply_rotary(torch.tensor([[x]]), torch.tensor([1]), table)
+    of = f"apply_rotary of one token {x} at position 1, row 1 of the table is {row}"
+    check_close(got, torch.tensor([[expected]]), of=of)
 
 
 @pytest.mark.parametrize("theta", THETAS, ids=lambda theta: f"theta={theta:g}")

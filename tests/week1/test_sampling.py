@@ -1,7 +1,4 @@
-"""Grades week1/sampling: penalties, the distribution to draw from, seeded noise, the sampler.
-
-A comment "case N" behind a test's name means case N of ENGINE.md.
-"""
+"""Grades week1/sampling: penalties, the distribution to draw from, seeded noise, the sampler."""
 
 import math
 import random
@@ -111,13 +108,13 @@ MIXED = [
 
 
 @pytest.mark.parametrize("vocab_size", [13, 130])
-def test_token_probabilities_of_rows_with_their_own_parameters(vocab_size):  # case 21
+def test_token_probabilities_of_rows_with_their_own_parameters(vocab_size):
     check_probabilities(scores(len(MIXED), vocab_size, seed=4), MIXED)
     check_probabilities(scores(len(MIXED), vocab_size, seed=5), MIXED[::-1])
 
 
 @pytest.mark.parametrize("row", range(len(MIXED)))
-def test_token_probabilities_of_a_row_alone_and_in_a_batch(row):  # case 15
+def test_token_probabilities_of_a_row_alone_and_in_a_batch(row):
     logits = scores(len(MIXED), 64, seed=6)
     together = sampling_lab.token_probabilities(logits.clone(), *columns(MIXED))
     alone = sampling_lab.token_probabilities(logits[row : row + 1], *columns(MIXED[row : row + 1]))
@@ -125,7 +122,7 @@ def test_token_probabilities_of_a_row_alone_and_in_a_batch(row):  # case 15
 
 
 @pytest.mark.parametrize("row", range(len(MIXED)))
-def test_token_probabilities_stay_whatever_other_rows_ask_for(row):  # case 15
+def test_token_probabilities_stay_whatever_other_rows_ask_for(row):
     logits = scores(len(MIXED), 200, seed=7)
     together = sampling_lab.token_probabilities(logits.clone(), *columns(MIXED))
     others = [MIXED[row] if i == row else {"temperature": 0.5} for i in range(len(MIXED))]
@@ -208,7 +205,7 @@ def test_token_probabilities_of_tokens_that_are_not_allowed(row):
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-20, 1e-40])
-def test_token_probabilities_at_tiny_temperatures(temperature):  # case 21
+def test_token_probabilities_at_tiny_temperatures(temperature):
     logits = torch.tensor([[3.0, 1.0, 2.0, -4.0], [2.0, 5.0, -1.0, 5.0], [-9.0, -INF, -8.0, -INF]])
     for row in ({}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.5}, {"top_k": 9, "top_p": 0.2}):
         check_probabilities(logits, [{**row, "temperature": temperature}] * 3)
@@ -223,7 +220,7 @@ def test_token_probabilities_of_close_scores_at_tiny_temperatures(temperature):
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-4, 0.5, 1.0, 64.0])
 @pytest.mark.parametrize("scale", [1e4, -1e4, 1e8, 3e38])
-def test_token_probabilities_of_scores_of_any_magnitude(scale, temperature):  # case 21
+def test_token_probabilities_of_scores_of_any_magnitude(scale, temperature):
     steps = torch.tensor([[0.5, 0.25, -1.0, 0.125, 1.0], [1.0, 1.0, 0.0, -0.5, 1.0]])
     rows = [{"temperature": temperature, "top_p": 0.9}, {"temperature": temperature}]
     check_probabilities(steps * scale, rows)
@@ -231,7 +228,7 @@ def test_token_probabilities_of_scores_of_any_magnitude(scale, temperature):  # 
         check_probabilities(torch.tensor([[0.0, 1.5, 3.0, 2.25]] * 2) + scale, rows)
 
 
-def test_token_probabilities_with_parameters_that_are_off():  # case 21
+def test_token_probabilities_with_parameters_that_are_off():
     logits = scores(3, 30, seed=10)
     plain = sampling_lab.token_probabilities(logits.clone(), *columns([{"temperature": 0.8}] * 3))
     rows = [
@@ -249,7 +246,7 @@ def test_token_probabilities_keep_the_rarest_token_at_top_p_1():
 
 
 @pytest.mark.parametrize("row", MIXED, ids=str)
-def test_token_probabilities_at_temperature_0(row):  # case 21
+def test_token_probabilities_at_temperature_0(row):
     logits = scores(3, 25, seed=11)
     logits[1, [4, 9]] = 50.0
     expected = torch.zeros(3, 25)
@@ -500,7 +497,45 @@ def test_draw_of_neighbours_is_independent(seed_step, position_step, along):
     check_counts(pairs, torch.full((size * size,), count / size**2), of)
 
 
-def test_draw_does_not_depend_on_its_batch():  # case 15
+FACTORS = [10, 100, 1000, 10**6, *(2**power for power in range(4, 33))]
+DIGITS = [
+    ((1, 23), (12, 3)), ((4, 567), (45, 67)), ((7, 11), (71, 1)), ((100, 256), (1002, 56)),
+    ((3, 14159), (314, 159)), ((42, 42), (424, 2)), ((2, 718), (27, 18)), ((9, 99), (99, 9)),
+]  # fmt: skip
+
+
+def mixed_up(first, second):
+    """Say which pairs a number made of two others does not tell apart: how it is made -> pairs."""
+    pairs = {f"the digits of {first}, then of {second}": DIGITS}
+    for k in FACTORS:
+        # The same for + and for | and ^, since the first is even where a k goes over.
+        pairs[f"{first} * {k} + {second}"] = [
+            ((2 * i, k + i % k), (2 * i + 1, i % k)) for i in range(8)
+        ]
+    return pairs
+
+
+@pytest.mark.parametrize("first", ["seed", "position"])
+def test_draw_tells_every_pair_of_seed_and_position_apart(first):
+    """Two pairs that differ get the same of 2,048 even tokens once in 2,048 times.
+
+    A right solution gives 4 or more of 8 the same with a probability below 70 / 2048⁴ = 4e-12 for
+    one way to mix them up, and below 3e-10 for all 68 of them together.
+    """
+    vocab_size = 2048
+    ways = mixed_up(first, "position" if first == "seed" else "seed")
+    pairs = torch.tensor(list(ways.values()))
+    seeds, positions = pairs.flip(-1).unbind(-1) if first == "position" else pairs.unbind(-1)
+    even = torch.full((vocab_size,), 1 / vocab_size)
+    tokens = draw(even, seeds.flatten(), positions.flatten()).reshape(seeds.shape)
+    for way, (name, same) in enumerate(zip(ways, tokens[..., 0] == tokens[..., 1], strict=True)):
+        one, other = (f"(seed {seeds[way, 0, i]}, position {positions[way, 0, i]})" for i in (0, 1))
+        what = f"{int(same.sum())} of 8 pairs, such as {one} and {other}, got the same token"
+        of = f"draw from {vocab_size:,} even tokens, for pairs that agree in {name}"
+        check_true(int(same.sum()) < 4, what, of=of)
+
+
+def test_draw_does_not_depend_on_its_batch():
     count, vocab_size = 40, 30
     rows = torch.softmax(scores(count, vocab_size, seed=3), dim=-1)
     seeds = torch.arange(count) % 7 + 2**40
@@ -517,7 +552,7 @@ def test_draw_does_not_depend_on_its_batch():  # case 15
         check_equal(alone, together[one], f"the token of row {row} alone")
 
 
-def test_draw_does_not_depend_on_calls_before_or_on_the_global_generator():  # case 15
+def test_draw_does_not_depend_on_calls_before_or_on_the_global_generator():
     rows = torch.full((50, 20), 1 / 20)
     seeds, positions = torch.arange(50), torch.arange(50) % 5
     torch.manual_seed(1)
@@ -618,6 +653,24 @@ def sampler_oracle(logits, token_ids, num_prompt_tokens, values):
     return int(sampling_lab.draw(rows, seeds, positions))
 
 
+@pytest.mark.parametrize("num_prompt_tokens", [3, 8])
+def test_sampler_draws_for_the_position_of_the_new_token(num_prompt_tokens):
+    sampler = sampling_lab.Sampler(params(seed=11), num_prompt_tokens)
+    lengths = torch.arange(num_prompt_tokens, num_prompt_tokens + 6)
+    got = torch.tensor([sampler(torch.zeros(500), [0] * int(length)) for length in lengths])
+    even = torch.full((500,), 1 / 500)
+    # Among 500 even tokens, six draws agree with those for other positions by chance only.
+    found = [
+        int(length + offset)
+        for offset in range(-num_prompt_tokens, 9)
+        if torch.equal(draw(even, constant(11, 6), lengths + offset), got)
+        for length in lengths[:1]
+    ]
+    what = "the positions for which draw gives the same tokens, at the first of 6 steps"
+    of = f"Sampler(seed=11, num_prompt_tokens={num_prompt_tokens}) after the prompt"
+    check_equal(found, [num_prompt_tokens], what, of=of)
+
+
 @pytest.mark.parametrize("values", SAMPLERS, ids=str)
 # With a prompt of one token, the last place and the length of the output are the same number.
 @pytest.mark.parametrize("num_prompt_tokens", [3, 5, 9])
@@ -699,7 +752,7 @@ def test_sampler_without_a_seed_ignores_the_global_generators():
     check_true(one != two, f"both have the seed {one}", of=of)
 
 
-def test_sampler_of_the_same_seed_chooses_the_same():  # case 15
+def test_sampler_of_the_same_seed_chooses_the_same():
     one, two = (sampling_lab.Sampler(params(seed=77), 3) for _ in range(2))
     of = "two samplers with seed 77"
     history, expected = [1, 2, 0], []

@@ -30,8 +30,8 @@ def next_token_logits(model: nn.Module, token_ids: Sequence[int]) -> Tensor:
     device = next(model.parameters()).device
     batch = torch.tensor([list(token_ids)], device=device)
     positions = torch.arange(batch.shape[1], device=device)[None]
-    every_score = model.logits(model(batch, positions, _attend))
-    return every_score[0, -1].float()
+    last = model(batch, positions, _attend)[:, -1:]
+    return model.logits(last).flatten().float()
 
 
 def _attend(layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
