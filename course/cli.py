@@ -130,6 +130,11 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument(
+        "--show-speed",
+        action="store_true",
+        help="say how fast it was, with and without later weeks",
+    )
 
 
 def _learn(options: argparse.Namespace) -> int:
@@ -185,6 +190,7 @@ def _request(options: argparse.Namespace):
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
+        show_speed=options.show_speed,
     )
 
 

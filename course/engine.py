@@ -1,6 +1,11 @@
-"""The engine put together from labs: the learner's where they pass, the reference for the rest."""
+"""The engine put together from labs: the learner's where they pass, the reference for the rest.
 
-from collections.abc import Callable, Iterable, Sequence
+Week 1 is the engine. A lab of a later week makes it faster and is off until it is switched on: by
+passing in code/, by a line in progress/reference.txt, or by asking for the reference altogether.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +14,8 @@ from typing import Any
 from course import grading, layers
 from course.labs import WEEKS, Lab, week_labs
 
-YOURS, REFERENCE = "yours", "reference"
+YOURS, REFERENCE, OFF = "yours", "reference", "off"
+ALWAYS_ON = "week1"
 
 
 class LabCrashed(Exception):
@@ -26,12 +32,17 @@ class LabCrashed(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded model, and the labs that run it. sources: every lab, "yours" or "reference"."""
+    """A loaded model, and the labs that run it.
+
+    sources: every lab, "yours", "reference" or "off". next_logits: maps all ids so far to the
+    scores of the next one.
+    """
 
     sources: dict[Lab, str]
     model: Any
     tokenizer: Any
     eos_token_ids: frozenset[int]
+    next_logits: Callable[[Sequence[int]], Any]
     generating: ModuleType
     sampling: ModuleType
     blame: "_Blame"
@@ -52,7 +63,7 @@ class Engine:
         params = self.sampling.SamplingParams(**sampling_params)
         with self.blame:
             return self.generating.generate(
-                lambda token_ids: self.generating.next_token_logits(self.model, token_ids),
+                self.next_logits,
                 prompt_ids,
                 lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=True),
                 max_tokens=max_tokens,
@@ -70,23 +81,44 @@ class Engine:
 
 
 def assemble(
-    yours: Iterable[Lab], folder: Path, dtype: str, tokenizer: Any, eos_token_ids: frozenset[int]
+    yours: Iterable[Lab],
+    folder: Path,
+    dtype: str,
+    tokenizer: Any,
+    eos_token_ids: frozenset[int],
+    switched_on: Iterable[Lab] = (),
 ) -> Engine:
     """Put an engine together and load the checkpoint folder into it.
 
-    yours: the labs to take from code/; every other one is the reference. dtype: "float32" or
-    "bfloat16". Raises LabCrashed for an error in a learner's file, ValueError for a bad checkpoint.
+    yours: the labs to take from code/. dtype: "float32" or "bfloat16". switched_on: the labs of
+    later weeks that run as the reference. Every other lab is the reference in week 1, and off in
+    later weeks. Raises LabCrashed for an error in a learner's file, ValueError for a bad
+    checkpoint.
     """
     import torch
 
     chosen = set(yours)
-    sources = {lab: YOURS if lab in chosen else REFERENCE for lab in week_labs()}
+    labs_of_weeks = week_labs()
+    referenced = {lab for lab in labs_of_weeks if lab.week == ALWAYS_ON} | set(switched_on)
+    sources = {
+        lab: YOURS if lab in chosen else REFERENCE if lab in referenced else OFF
+        for lab in labs_of_weeks
+    }
     blame = _Blame(sources, _activate(chosen))
     with blame:
-        labs = {lab.name: grading.import_lab(lab) for lab in sources}
+        labs = {
+            lab.name: grading.import_lab(lab) for lab, source in sources.items() if source != OFF
+        }
         model = labs["week1/qwen"].load_model(folder, getattr(torch, dtype))
+        next_logits = _next_logits(labs, model)
     modules = labs["week1/generate"], labs["week1/sampling"]
-    return Engine(sources, model, tokenizer, eos_token_ids, *modules, blame)
+    return Engine(sources, model, tokenizer, eos_token_ids, next_logits, *modules, blame)
+
+
+def _next_logits(labs: Mapping[str, ModuleType], model: Any) -> Callable[[Sequence[int]], Any]:
+    if "week2/kv_cache" in labs:
+        return labs["week2/kv_cache"].CachedLogits(model)
+    return functools.partial(labs["week1/generate"].next_token_logits, model)
 
 
 def _activate(yours: set[Lab]) -> list[Path]:

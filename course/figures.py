@@ -1,7 +1,7 @@
 """Draw the figures of the notes: `python -m course.figures` writes sessions/figures/*.svg.
 
-What a figure of week 1 shows is computed by the reference, never drawn by hand. A test compares the
-committed files with what is drawn now.
+What a figure of a built lab shows is computed by the reference, never drawn by hand. A test
+compares the committed files with what is drawn now.
 """
 
 import io
@@ -37,6 +37,23 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.facecolor": "white",  # a card of its own: dark pages stay readable
+}
+
+
+# Its config.json, as far as it is a shape.
+_QWEN3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
 }
 
 
@@ -181,6 +198,33 @@ def cache_growth() -> Figure:
     return figure
 
 
+def decode_reads() -> Figure:
+    """Weigh what one decode step reads: the weights once, and each sequence's keys and values."""
+    from week1.qwen import Qwen, QwenConfig
+    from week2.kv_cache import cache_for
+
+    with torch.device("meta"):
+        model = Qwen(QwenConfig.from_dict(_QWEN3_0_6B)).bfloat16()
+    weights = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
+    lengths = torch.arange(0, 16385, 1024).tolist()
+    figure, ax = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    for colour, num_rows in zip(COLOURS, (1, 8, 32), strict=False):
+        cache = cache_for(model, num_rows)
+        cache.reserve(lengths[-1])
+        per_token = cache.nbytes / cache.capacity / 1e9
+        ax.plot(lengths, [n * per_token for n in lengths], color=colour, lw=2.5)
+        height = min(6.4, lengths[-1] * per_token)
+        text = f"{num_rows} sequence{'s' * (num_rows > 1)}"
+        ax.text(height / per_token + 250, height, text, va="center", color=colour)
+    ax.axhline(weights, color=INK, lw=1.5)
+    ax.text(lengths[-1], weights, f"weights: {weights:.2f} GB", va="top", ha="right")
+    ax.set(xlim=(0, lengths[-1] + 3400), ylim=(0, 7), ylabel="GB")
+    ax.set_xlabel("tokens of each sequence")
+    ax.set_xticks(lengths[::4], [f"{n:,}" for n in lengths[::4]])
+    ax.set_title("read by one decode step of Qwen3-0.6B, bfloat16", fontsize=12)
+    return figure
+
+
 def online_softmax() -> Figure:
     """Read a row of scores in blocks; what is known of peak and sum after each of them."""
     from week1.attention import softmax
@@ -301,6 +345,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "sampling_filters": sampling_filters,
     "detokenizer": detokenizer,
     "cache_growth": cache_growth,
+    "decode_reads": decode_reads,
     "online_softmax": online_softmax,
     "block_table": block_table,
     "mixed_batch": mixed_batch,

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from course import models, progress, status, tracker
-from course.engine import Engine, LabCrashed, assemble
+from course import models, progress, status, stubs, tracker
+from course.engine import ALWAYS_ON, OFF, Engine, LabCrashed, assemble
 from course.grading import LabUnusable
 from course.labs import Lab, week_labs
+from course.speed import Stopwatch
 
 LABS_PER_LINE = 4
+# Enough for a rate, and no long wait for the second answer of --show-speed.
+MAX_TOKENS_WITHOUT_LATER_WEEKS = 16
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Request:
     """What the command line asks of the engine.
 
     model: a folder, a hub name, or None for the default. engine: "hybrid", "solutions" or "code".
-    dtype: "float32" or "bfloat16". Raises ValueError for max_tokens below 1.
+    dtype: "float32" or "bfloat16". show_speed: say how fast each answer was, and how fast it is
+    without the labs of later weeks. Raises ValueError for max_tokens below 1.
     """
 
     model: str | None = None
@@ -30,6 +34,7 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    show_speed: bool = False
 
     def __post_init__(self):
         if self.max_tokens < 1:
@@ -45,7 +50,7 @@ class Conversation:
         tokenizer = models.load_tokenizer(folder)
         self._parts = (folder, request.dtype, tokenizer, models.eos_token_ids(folder, tokenizer))
         self.tokenizer = tokenizer
-        self._yours, self.remarks = _chosen_labs(request.engine)
+        self._yours, self._switched_on, self.remarks = _chosen_labs(request.engine)
         self.engine: Engine = self._surviving_crashes(self._assemble)
 
     def complete(self, prompt_ids: list[int], on_text: Callable[[str], None] | None) -> Any:
@@ -55,22 +60,41 @@ class Conversation:
             raise ValueError(
                 f"the prompt has {len(prompt_ids)} tokens; this model takes 1 to {context - 1}"
             )
-        request = self.request
-        params = {
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "seed": request.seed,
-        }
-        return self._surviving_crashes(
-            lambda: self.engine.complete(prompt_ids, params, request.max_tokens, on_text)
-        )
+        return self._surviving_crashes(lambda: self._complete(prompt_ids, on_text))
+
+    def speed(self, prompt_ids: list[int]) -> str:
+        """Say how fast the latest answer was, and how fast week 1 alone answers the same prompt."""
+        lines = [self._stopwatch.report()]
+        if any(lab.week != ALWAYS_ON for lab in self._running()):
+            first_week = {lab for lab in self._yours if lab.week == ALWAYS_ON}
+            plain = Stopwatch(assemble(first_week, *self._parts))
+            max_tokens = min(self.request.max_tokens, MAX_TOKENS_WITHOUT_LATER_WEEKS)
+            plain.engine.complete(prompt_ids, self._params(), max_tokens)
+            lines.append(f"with week 1 alone: {plain.report()}")
+        return "\n".join(f"  {line}" for line in lines)
 
     def table(self) -> str:
         """Say whose lab is whose, and why a started one does not run."""
         return "\n".join([sources_table(self.engine.sources), *self.remarks])
 
+    def _params(self) -> dict[str, Any]:
+        request = self.request
+        return {
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+        }
+
+    def _complete(self, prompt_ids: list[int], on_text: Callable[[str], None] | None) -> Any:
+        self._stopwatch = Stopwatch(self.engine)
+        timed = self._stopwatch.engine
+        return timed.complete(prompt_ids, self._params(), self.request.max_tokens, on_text)
+
+    def _running(self) -> list[Lab]:
+        return [lab for lab, source in self.engine.sources.items() if source != OFF]
+
     def _assemble(self) -> Engine:
-        return assemble(self._yours, *self._parts)
+        return assemble(self._yours, *self._parts, self._switched_on)
 
     def _surviving_crashes(self, action: Callable[[], Any]) -> Any:
         while True:
@@ -81,6 +105,7 @@ class Conversation:
                     raise
                 _tell(f"\nYour lab failed: {crash}\nThe reference takes its place.\n")
                 self._yours.discard(crash.lab)
+                self._switched_on.add(crash.lab)
                 self.engine = self._assemble()
 
 
@@ -135,6 +160,8 @@ def _answer(conversation: Conversation, messages: list[dict], text: str) -> list
     completion = conversation.complete(prompt_ids, lambda piece: print(piece, end="", flush=True))
     seconds = time.perf_counter() - start
     print(f"\n  ({len(completion.token_ids)} tokens in {seconds:.1f} s)")
+    if conversation.request.show_speed:
+        print(conversation.speed(prompt_ids))
     return [*messages, {"role": "assistant", "content": completion.text}]
 
 
@@ -156,6 +183,8 @@ def generate(request: Request, prompt: str, as_json: bool) -> int:
         print(json.dumps(_report(conversation, prompt_ids, completion, seconds)))
     else:
         print(f"\n  ({len(completion.token_ids)} tokens in {seconds:.1f} s)")
+        if request.show_speed:
+            print(conversation.speed(prompt_ids))
     return 0
 
 
@@ -170,19 +199,31 @@ def _report(conversation: Conversation, prompt_ids: list[int], completion: Any, 
     }
 
 
-def _chosen_labs(engine: str) -> tuple[set[Lab], list[str]]:
-    """Return the learner's labs that the engine runs, and a remark on each that it does not."""
+def _chosen_labs(engine: str) -> tuple[set[Lab], set[Lab], list[str]]:
+    """Choose whose labs the engine runs.
+
+    Returns the learner's labs, the labs of later weeks that run as the reference, and a remark on
+    each lab that the learner began and the engine does not run.
+    """
     if engine == "solutions":
-        return set(), []
+        return set(), set(week_labs()), []
     if engine == "code":
-        return set(week_labs()), []
+        begun = {lab for lab in week_labs() if not stubs.is_untouched(lab)}
+        return begun | {lab for lab in week_labs() if lab.week == ALWAYS_ON}, set(), []
     grades = {lab: grade for lab, grade in status.grade_all().items() if not lab.is_drill}
     remarks = [
-        f"{lab.name}: {grade.passed} of {grade.total} tests pass, so the reference runs, not yours"
+        f"{lab.name}: {grade.passed} of {grade.total} tests pass, so {_instead(lab)}"
         for lab, grade in grades.items()
         if grade.state == "started"
     ]
-    return {lab for lab, grade in grades.items() if grade.state == "green"}, remarks
+    green = {lab for lab, grade in grades.items() if grade.state == "green"}
+    return green, {lab for lab, grade in grades.items() if grade.state == "reference"}, remarks
+
+
+def _instead(lab: Lab) -> str:
+    return (
+        "the reference runs, not yours" if lab.week == ALWAYS_ON else "the engine runs without it"
+    )
 
 
 def sources_table(sources: dict[Lab, str]) -> str:

@@ -1,6 +1,7 @@
 """The hybrid engine: the board, whose lab runs, and what happens when a learner's lab fails."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from course import status
 from course.labs import week_labs
 
-ATTENTION = "code/week1/attention.py"
+ATTENTION, KV_CACHE = "code/week1/attention.py", "code/week2/kv_cache.py"
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "vocab_size": 258,
@@ -95,7 +96,9 @@ def test_generate_reports_everything(tree, model):
     assert report["prompt_tokens"] == 5 and report["finish_reason"] in ("length", "stop")
     assert len(report["token_ids"]) <= 12 and report["seconds"] >= 0
     assert isinstance(report["text"], str)
-    assert set(report["labs"].values()) == {"reference"}
+    labs = report["labs"]
+    assert {source for name, source in labs.items() if name.startswith("week1/")} == {"reference"}
+    assert labs["week2/kv_cache"] == "off"
 
 
 def test_a_green_lab_runs_in_the_engine_and_says_the_same(tree, model):
@@ -148,6 +151,54 @@ def test_a_lab_that_crashes_later_is_named_and_replaced(tree, model):
     assert "code/week1/attention.py, line" in result.stdout
     assert "too long for me" in result.stdout
     assert after["labs"]["week1/attention"] == "reference"
+    assert after["token_ids"] == before["token_ids"]
+
+
+def test_a_lab_of_a_later_week_is_switched_on_by_passing(tree, model):
+    tree.write("progress/reference.txt", "week1\n")
+    _, before = generate(tree, model)
+    tree.solve("week2/kv_cache")
+    tree.write(KV_CACHE, tree.read(KV_CACHE) + "\n# mine\n")
+    _, after = generate(tree, model)
+    assert after["labs"]["week2/kv_cache"] == "yours"
+    assert after["token_ids"] == before["token_ids"]
+    tree.write(KV_CACHE, tree.read(KV_CACHE).replace("range(start, start + count)", "range(count)"))
+    _, wrong = generate(tree, model)
+    assert wrong["labs"]["week2/kv_cache"] == "off"
+    chat = tree.run("course", "chat", "--model", model, "--prompt", "Hi", "--max-tokens", "3")
+    assert "tests pass, so the engine runs without it" in chat.stdout
+
+
+@pytest.mark.parametrize("way", ["--engine solutions", "reference.txt"])
+def test_a_lab_of_a_later_week_is_switched_on_by_asking(tree, model, way):
+    _, before = generate(tree, model)
+    if way == "reference.txt":
+        tree.write("progress/reference.txt", "week2/kv_cache\n")
+        _, after = generate(tree, model)
+    else:
+        _, after = generate(tree, model, *way.split())
+    assert after["labs"]["week2/kv_cache"] == "reference"
+    assert after["token_ids"] == before["token_ids"]
+
+
+def test_speed_is_shown_with_and_without_later_weeks(tree, model):
+    words = ("course", "chat", "--model", model, "--prompt", "Hi", "--max-tokens", "5")
+    plain = tree.run(*words, "--show-speed").stdout
+    assert re.search(r"first token after \d+\.\d\d s, then \d+\.\d tokens/s", plain), plain
+    assert "with week 1 alone" not in plain
+    both = tree.run(*words, "--show-speed", "--engine", "solutions").stdout
+    assert both.count("tokens/s, which read") == 2 and "with week 1 alone: first token" in both
+
+
+def test_a_crash_of_a_later_week_is_survived(tree, model):
+    tree.write("progress/reference.txt", "week1\n")
+    _, before = generate(tree, model)
+    tree.solve("week2/kv_cache")
+    crash = "    if cache.num_computed_tokens[0] == 9:\n        raise RuntimeError('nine')\n"
+    text = tree.read(KV_CACHE).replace("    counts = {row", crash + "    counts = {row")
+    tree.write(KV_CACHE, text)
+    result, after = generate(tree, model)
+    assert "nine" in result.stdout and after["labs"]["week2/kv_cache"] == "reference"
     assert after["token_ids"] == before["token_ids"]
 
 

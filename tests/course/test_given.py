@@ -571,3 +571,22 @@ def greedy_choices() -> list[int]:
 
 def test_greedy_takes_the_lowest_of_equal_ids(reference):
     assert reference(greedy_choices) == [1, 1, 0]
+
+
+def fitted_cache(dtype: torch.dtype) -> tuple:
+    from week1.qwen import Qwen, QwenConfig
+    from week2.kv_cache import cache_for
+
+    model = Qwen(QwenConfig.from_dict(NEW_STYLE)).to(dtype)
+    cache = cache_for(model, 3)
+    cache.reserve(16)
+    shapes = [tuple(part.shape) for part in cache.read(model.config.num_hidden_layers - 1)]
+    return shapes, cache.read(0)[0].dtype, cache.num_computed_tokens, cache.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_fits_its_model(reference, dtype):
+    heads, head_dim = NEW_STYLE["num_key_value_heads"], NEW_STYLE["head_dim"]
+    shape = (3, heads, 16, head_dim)
+    num_bytes = 2 * NEW_STYLE["num_hidden_layers"] * 3 * heads * 16 * head_dim * dtype.itemsize
+    assert reference(fitted_cache, dtype) == ([shape, shape], dtype, [0, 0, 0], num_bytes)

@@ -56,7 +56,7 @@ def test_the_published_page_is_current():
 def test_the_weeks_page_shows_what_the_suites_say(week):
     text = quality.week_page(week).read_text(encoding="utf-8")
     assert text == quality.with_examples(week)
-    assert text.count("```\n" + week) >= 5
+    assert text.count("```\n" + week) >= min(5, len(WEEKS[week]))
 
 
 def test_the_report_refuses_stale_measurements(tree):

@@ -1,0 +1,47 @@
+"""How fast an answer came, from the times of its steps."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from course.engine import OFF, Engine
+
+
+class Stopwatch:
+    """An engine whose steps are timed: `engine` is the given one, to be used in its place."""
+
+    def __init__(self, engine: Engine):
+        self._next_logits = engine.next_logits
+        self._start = time.perf_counter()
+        # For every step: when it ended, and how many tokens it knew.
+        self._steps: list[tuple[float, int]] = []
+        self.engine = dataclasses.replace(engine, next_logits=self._step)
+
+    def report(self) -> str:
+        """Say when the first token came, and what each second brought after it."""
+        if not self._steps:
+            return "no token was computed"
+        first, last = self._steps[0][0], self._steps[-1][0]
+        text = f"first token after {first - self._start:.2f} s"
+        if last > first:
+            rate = (len(self._steps) - 1) / (last - first)
+            read = rate * self._bytes_of_a_token()
+            text += f", then {rate:.1f} tokens/s, which read {read / 1e9:.1f} GB/s"
+        return text
+
+    def _step(self, token_ids: Sequence[int]) -> Any:
+        logits = self._next_logits(token_ids)
+        self._steps.append((time.perf_counter(), len(token_ids)))
+        return logits
+
+    def _bytes_of_a_token(self) -> float:
+        """Bytes that a later step has to read: all weights, and the keys and values in a cache."""
+        model, sources = self.engine.model, self.engine.sources
+        num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        if any(lab.name == "week2/kv_cache" and source != OFF for lab, source in sources.items()):
+            config, itemsize = model.config, model.embed_tokens.weight.itemsize
+            per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+            later = [known for _, known in self._steps[1:]]
+            num_bytes += per_token * itemsize * sum(later) / len(later)
+        return num_bytes
