@@ -1,13 +1,14 @@
 """Draw the figures of the notes: `python -m course.figures` writes sessions/figures/*.svg.
 
-What a figure of a built lab shows is computed by the reference, never drawn by hand. A test
-compares the committed files with what is drawn now.
+What a figure of a lab shows is computed by the reference, never drawn by hand. A test compares the
+committed files with what is drawn now.
 """
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -38,7 +39,6 @@ _STYLE = {
     "axes.spines.right": False,
     "figure.facecolor": "white",  # a card of its own: dark pages stay readable
 }
-
 
 # Its config.json, as far as it is a shape.
 _QWEN3_0_6B = {
@@ -225,6 +225,44 @@ def decode_reads() -> Figure:
     return figure
 
 
+def roofline() -> Figure:
+    """Draw what two machines can reach, and where four steps of Qwen3-0.6B stand under it."""
+    from week1.qwen import QwenConfig
+    from week2.roofline import Hardware, arithmetic_intensity
+
+    config = QwenConfig.from_dict(_QWEN3_0_6B)
+    prompt, new = (0, 512), (1023, 1)
+    steps = {"1 new token": [new], "8": [new] * 8, "32": [new] * 32, "prompt of 512": [prompt]}
+    intensities = {name: arithmetic_intensity(config, step, 2) for name, step in steps.items()}
+    machines = {
+        "1,000 TFLOP/s, 4 TB/s": Hardware(1e15, 4e12),
+        "100 GFLOP/s, 40 GB/s": Hardware(1e11, 4e10),
+    }
+    figure, ax = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+    for colour, (name, hardware) in zip(COLOURS, machines.items(), strict=False):
+        draw_roof(ax, hardware, intensities, colour)
+        ax.text(2600, hardware.flops * 0.33, name, ha="right", va="top", color=colour)
+    for name, intensity in intensities.items():
+        ax.text(intensity, 1.5e11, name, ha="center", va="bottom", rotation=90, fontsize=10)
+    ax.set(ylim=(1e10, 2e15), ylabel="floating-point operations a second")
+    ax.set_yticks([1e11, 1e12, 1e13, 1e14, 1e15], ["100 G", "1 T", "10 T", "100 T", "1,000 T"])
+    ax.minorticks_off()
+    return figure
+
+
+def draw_roof(ax: Axes, hardware: Any, intensities: Mapping[str, float], colour: str) -> None:
+    """Draw a machine's roofline on axes of its own kind, and what steps reach at best."""
+    from week2.roofline import attainable_flops
+
+    ridge = hardware.flops / hardware.bytes_per_second
+    line = [0.25, ridge, 3000.0]
+    ax.loglog(line, [attainable_flops(x, hardware) for x in line], color=colour, lw=2.5)
+    best = [attainable_flops(x, hardware) for x in intensities.values()]
+    ax.scatter(list(intensities.values()), best, color=colour, s=45, zorder=3)
+    ax.set(xlim=(0.25, 3000), xlabel="floating-point operations for each byte")
+    ax.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
+
+
 def online_softmax() -> Figure:
     """Read a row of scores in blocks; what is known of peak and sum after each of them."""
     from week1.attention import softmax
@@ -346,6 +384,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "detokenizer": detokenizer,
     "cache_growth": cache_growth,
     "decode_reads": decode_reads,
+    "roofline": roofline,
     "online_softmax": online_softmax,
     "block_table": block_table,
     "mixed_batch": mixed_batch,

@@ -1,4 +1,4 @@
-"""What week 1 gives to learners: configs and weights from a folder, rotary tables, parameters.
+"""What the labs give to learners: configs and weights from a folder, tables, parameters, traces.
 
 Graded suites test what learners write; these test the rest of the same files. The reference is
 imported in a process of its own, so that no other test meets it.
@@ -83,7 +83,7 @@ def enter_reference(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def reference():
-    """Call a function of this module where `week1` is the reference; its errors come back too."""
+    """Call a function of this module where `weekN` is the reference; its errors come back too."""
     context = multiprocessing.get_context("spawn")
     folder = (str(ROOT / "solutions"),)
     with ProcessPoolExecutor(1, context, enter_reference, folder) as pool:
@@ -590,3 +590,44 @@ def test_a_cache_fits_its_model(reference, dtype):
     shape = (3, heads, 16, head_dim)
     num_bytes = 2 * NEW_STYLE["num_hidden_layers"] * 3 * heads * 16 * head_dim * dtype.itemsize
     assert reference(fitted_cache, dtype) == ([shape, shape], dtype, [0, 0, 0], num_bytes)
+
+
+def make_hardware(*numbers: float) -> tuple[float, float]:
+    from week2.roofline import Hardware
+
+    hardware = Hardware(*numbers)
+    return hardware.flops, hardware.bytes_per_second
+
+
+def make_event(*fields: object) -> tuple:
+    from week2.roofline import Event
+
+    event = Event(*fields)
+    return event.time, event.request_id, event.kind
+
+
+def test_hardware_and_events_keep_what_they_are_given(reference):
+    assert reference(make_hardware, 1e11, 0.5) == (1e11, 0.5)
+    for kind in ("arrived", "token", "finished"):
+        assert reference(make_event, -1.5, "A", kind) == (-1.5, "A", kind)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["flops", "bytes_per_second"])
+def test_hardware_outside_its_limits(reference, name, value):
+    numbers = (value, 1.0) if name == "flops" else (1.0, value)
+    with pytest.raises(ValueError, match=f"{name} must be above 0 and finite, got {value}"):
+        reference(make_hardware, *numbers)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ((1.0, "A", "tokens"), "arrived, token, finished, got 'tokens'"),
+        ((math.nan, "A", "token"), "finite, got nan"),
+        ((math.inf, "A", "token"), "finite, got inf"),
+    ],
+)
+def test_an_event_that_cannot_be(reference, fields, message):
+    with pytest.raises(ValueError, match=message):
+        reference(make_event, *fields)

@@ -17,6 +17,7 @@ NUM_TESTS = {
     "week1/generate": 193,
     "week1/sampling": 303,
     "week2/kv_cache": 234,
+    "week2/roofline": 289,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,
