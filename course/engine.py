@@ -16,6 +16,8 @@ from course.labs import WEEKS, Lab, week_labs
 
 YOURS, REFERENCE, OFF = "yours", "reference", "off"
 ALWAYS_ON = "week1"
+# Labs of later weeks that the engine can run; the others are used beside it.
+LATER_PARTS = ("week2/kv_cache",)
 
 
 class LabCrashed(Exception):
@@ -34,7 +36,7 @@ class LabCrashed(Exception):
 class Engine:
     """A loaded model, and the labs that run it.
 
-    sources: every lab, "yours", "reference" or "off". next_logits: maps all ids so far to the
+    sources: every lab that takes part, "yours", "reference" or "off". next_logits: maps all ids so far to the
     scores of the next one.
     """
 
@@ -98,11 +100,10 @@ def assemble(
     import torch
 
     chosen = set(yours)
-    labs_of_weeks = week_labs()
-    referenced = {lab for lab in labs_of_weeks if lab.week == ALWAYS_ON} | set(switched_on)
+    parts = [lab for lab in week_labs() if lab.week == ALWAYS_ON or lab.name in LATER_PARTS]
+    referenced = {lab for lab in parts if lab.week == ALWAYS_ON} | set(switched_on)
     sources = {
-        lab: YOURS if lab in chosen else REFERENCE if lab in referenced else OFF
-        for lab in labs_of_weeks
+        lab: YOURS if lab in chosen else REFERENCE if lab in referenced else OFF for lab in parts
     }
     blame = _Blame(sources, _activate(chosen))
     with blame:

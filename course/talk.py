@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from course import models, progress, status, stubs, tracker
-from course.engine import ALWAYS_ON, OFF, Engine, LabCrashed, assemble
+from course.engine import ALWAYS_ON, LATER_PARTS, OFF, Engine, LabCrashed, assemble
 from course.grading import LabUnusable
 from course.labs import Lab, week_labs
 from course.speed import Stopwatch
@@ -159,7 +159,7 @@ def _answer(conversation: Conversation, messages: list[dict], text: str) -> list
     start = time.perf_counter()
     completion = conversation.complete(prompt_ids, lambda piece: print(piece, end="", flush=True))
     seconds = time.perf_counter() - start
-    print(f"\n  ({len(completion.token_ids)} tokens in {seconds:.1f} s)")
+    print(f"\n  ({_closing(completion, conversation.request, seconds)})")
     if conversation.request.show_speed:
         print(conversation.speed(prompt_ids))
     return [*messages, {"role": "assistant", "content": completion.text}]
@@ -182,10 +182,19 @@ def generate(request: Request, prompt: str, as_json: bool) -> int:
     if as_json:
         print(json.dumps(_report(conversation, prompt_ids, completion, seconds)))
     else:
-        print(f"\n  ({len(completion.token_ids)} tokens in {seconds:.1f} s)")
+        print(f"\n  ({_closing(completion, request, seconds)})")
         if request.show_speed:
             print(conversation.speed(prompt_ids))
     return 0
+
+
+def _closing(completion: Any, request: Request, seconds: float) -> str:
+    num_tokens = len(completion.token_ids)
+    text = f"{num_tokens} tokens in {seconds:.1f} s"
+    if completion.finish_reason == "length":
+        reached = num_tokens == request.max_tokens
+        text += f"; cut at {f'--max-tokens {num_tokens}' if reached else 'the end of the context'}"
+    return text
 
 
 def _report(conversation: Conversation, prompt_ids: list[int], completion: Any, seconds: float):
@@ -214,7 +223,7 @@ def _chosen_labs(engine: str) -> tuple[set[Lab], set[Lab], list[str]]:
     remarks = [
         f"{lab.name}: {grade.passed} of {grade.total} tests pass, so {_instead(lab)}"
         for lab, grade in grades.items()
-        if grade.state == "started"
+        if grade.state == "started" and (lab.week == ALWAYS_ON or lab.name in LATER_PARTS)
     ]
     green = {lab for lab, grade in grades.items() if grade.state == "green"}
     return green, {lab for lab, grade in grades.items() if grade.state == "reference"}, remarks

@@ -112,8 +112,9 @@ def test_a_green_lab_runs_in_the_engine_and_says_the_same(tree, model):
     assert (after["text"], after["token_ids"]) == (before["text"], before["token_ids"])
     chat = tree.run("course", "chat", "--model", model, "--prompt", "Hi", "--max-tokens", "3")
     assert "attention  yours" in chat.stdout and "rope       reference" in chat.stdout
+    assert "; cut at --max-tokens 3)" in chat.stdout
     status = tree.run("course", "status")
-    assert "✅ week1/attention" in status.stdout and "1 of 7 labs are green" in status.stdout
+    assert "✅ week1/attention" in status.stdout and "1 of 9 labs are green" in status.stdout
     assert "code/week1/rope.py" in status.stdout
 
 
