@@ -36,8 +36,8 @@ class LabCrashed(Exception):
 class Engine:
     """A loaded model, and the labs that run it.
 
-    sources: every lab that takes part, "yours", "reference" or "off". next_logits: maps all ids so far to the
-    scores of the next one.
+    sources: every lab that takes part, "yours", "reference" or "off". next_logits: maps all ids so
+    far to the scores of the next one.
     """
 
     sources: dict[Lab, str]
