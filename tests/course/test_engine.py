@@ -195,7 +195,9 @@ def test_a_crash_of_a_later_week_is_survived(tree, model):
     tree.write("progress/reference.txt", "week1\n")
     _, before = generate(tree, model)
     tree.solve("week2/kv_cache")
-    crash = "    if cache.num_computed_tokens[0] == 9:\n        raise RuntimeError('nine')\n"
+    # Only with this model, so that the suite passes.
+    here = "model.embed_tokens.weight.shape[0] == 258 and cache.num_computed_tokens[0] == 9"
+    crash = f"    if {here}:\n        raise RuntimeError('nine')\n"
     text = tree.read(KV_CACHE).replace("    counts = {row", crash + "    counts = {row")
     tree.write(KV_CACHE, text)
     result, after = generate(tree, model)

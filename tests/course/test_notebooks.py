@@ -126,7 +126,8 @@ def test_release_leaks_nothing(lab, released):
     whole = json.dumps(release, ensure_ascii=False)
     shown = {line.strip() for line in stubs.make_stub(lab).splitlines()}
     secret = {line.strip() for line in lab.solution.read_text().splitlines()} - shown
-    secret = {line for line in secret if len(line) >= TELLING}
+    # Half a line of the stub, such as one parameter of a signature, is no secret.
+    secret = {line for line in secret if len(line) >= TELLING and line not in stubs.make_stub(lab)}
     assert secret, "the reference holds nothing that the stub does not"
     quoted = {line: json.dumps(line, ensure_ascii=False)[1:-1] for line in secret}
     assert not [line for line, text in quoted.items() if text in whole]

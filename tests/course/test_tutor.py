@@ -124,7 +124,9 @@ def test_the_sample_exchanges_are_what_they_are_called(kinds):
 def test_the_labels_are_complete():
     verdicts = [found.about["verdict"] for found in EVERY.values()]
     assert len(verdicts) >= 32 and min(map(verdicts.count, ("good", "bad"))) >= 16
-    assert {found.lab for found in EVERY.values()} == set(week_labs())
+    assert {found.lab for found in EVERY.values()} == {
+        lab for lab in week_labs() if lab.week == "week1"
+    }
     ways = [set(found.about["ways"]) for found in EVERY.values()]
     assert set().union(*ways) == set(transcripts.KINDS)
 
