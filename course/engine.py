@@ -82,6 +82,11 @@ class Engine:
             raise ValueError(f"token id {wrong} is outside the vocabulary of {vocab_size} tokens")
 
 
+def takes_part(lab: Lab) -> bool:
+    """Say whether the engine can run a lab."""
+    return lab.week == ALWAYS_ON or lab.name in LATER_PARTS
+
+
 def assemble(
     yours: Iterable[Lab],
     folder: Path,
@@ -100,7 +105,7 @@ def assemble(
     import torch
 
     chosen = set(yours)
-    parts = [lab for lab in week_labs() if lab.week == ALWAYS_ON or lab.name in LATER_PARTS]
+    parts = [lab for lab in week_labs() if takes_part(lab)]
     referenced = {lab for lab in parts if lab.week == ALWAYS_ON} | set(switched_on)
     sources = {
         lab: YOURS if lab in chosen else REFERENCE if lab in referenced else OFF for lab in parts

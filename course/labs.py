@@ -15,6 +15,8 @@ WEEKS: dict[str, tuple[str, ...]] = {
 DRILLS: dict[str, tuple[str, ...]] = {
     "basic": ("ring_buffer", "free_list", "lru_cache", "hash_chain", "priority_queue"),
 }
+# Every folder of labs, with its labs.
+GROUPS = {**WEEKS, **DRILLS}
 _TREES = ("code", "exercises", "solutions", "sessions")
 
 
@@ -88,11 +90,7 @@ def find_labs(text: str) -> list[Lab]:
     found = [lab for lab in labs if wanted in (lab.week, lab.name, lab.stem)]
     if found:
         return found
-    known = [*WEEKS, *DRILLS, *(lab.name for lab in labs), *(lab.stem for lab in labs)]
+    known = [*GROUPS, *(lab.name for lab in labs), *(lab.stem for lab in labs)]
     near = difflib.get_close_matches(wanted, known, n=3)
-    suggestion = (
-        f"did you mean {' or '.join(near)}?"
-        if near
-        else f"there are {', '.join([*WEEKS, *DRILLS])}"
-    )
+    suggestion = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(GROUPS)}"
     raise ValueError(f"there is no lab {text!r}; {suggestion}")

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from course.labs import DRILLS, ROOT, WEEKS, Lab, all_labs, find_labs
+from course.labs import DRILLS, GROUPS, ROOT, WEEKS, Lab, all_labs, find_labs
 
 CODE = ROOT / "code"
 EXERCISES = ROOT / "exercises"
@@ -75,8 +75,8 @@ def _suites(path: Path) -> tuple[str, list[str]]:
     tree, *rest = path.relative_to(ROOT).parts
     if tree == "tests":
         # An editor's test explorer asks for the suites themselves: they grade the learner's code.
-        return ("code" if rest[0] in (*WEEKS, *DRILLS) else ""), [str(path)]
-    held = {"code": WEEKS, "exercises": DRILLS, "solutions": {**WEEKS, **DRILLS}}.get(tree)
+        return ("code" if rest[0] in GROUPS else ""), [str(path)]
+    held = {"code": WEEKS, "exercises": DRILLS, "solutions": GROUPS}.get(tree)
     if held is None:
         return "", []
     layer = "solutions" if tree == "solutions" else "code"
@@ -210,7 +210,7 @@ def imported_modules(tree: ast.AST) -> list[str]:
 
 def stray_files(week: str) -> list[str]:
     """Name files of a learner's folder that are no lab, each with the lab it is nearly called."""
-    strays, stems = [], {**WEEKS, **DRILLS}[week]
+    strays, stems = [], GROUPS[week]
     tree = learner_tree(week)
     for file in sorted((tree / week).glob("*.py")):
         if file.stem not in stems:

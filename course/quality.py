@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from course import files, mutants, transcripts
-from course.labs import DRILLS, ROOT, WEEKS, Lab, all_labs
+from course.labs import GROUPS, ROOT, WEEKS, Lab, all_labs
 
 PAGE = ROOT / "tests" / "QUALITY.md"
 _BEGIN = "<!-- Written by `course mutants --report`: what the suites said when measured. -->"
@@ -64,7 +64,7 @@ def stale(lab: Lab) -> list[str]:
 def page() -> str:
     """Lay out the committed measurements as Markdown."""
     parts = [_HEAD]
-    for week in [*WEEKS, *DRILLS]:
+    for week in GROUPS:
         results = mutants.read_results(week)
         rows = {lab.name: _row(results[lab.name]) for lab in all_labs() if lab.week == week}
         rows["all"] = {column: _total(rows, column) for column in _COLUMNS}

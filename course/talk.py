@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from course import models, progress, status, stubs, tracker
-from course.engine import ALWAYS_ON, LATER_PARTS, OFF, Engine, LabCrashed, assemble
+from course.engine import ALWAYS_ON, OFF, Engine, LabCrashed, assemble, takes_part
 from course.grading import LabUnusable
 from course.labs import Lab, week_labs
 from course.speed import Stopwatch
@@ -65,7 +65,8 @@ class Conversation:
     def speed(self, prompt_ids: list[int]) -> str:
         """Say how fast the latest answer was, and how fast week 1 alone answers the same prompt."""
         lines = [self._stopwatch.report()]
-        if any(lab.week != ALWAYS_ON for lab in self._running()):
+        sources = self.engine.sources.items()
+        if any(lab.week != ALWAYS_ON and source != OFF for lab, source in sources):
             first_week = {lab for lab in self._yours if lab.week == ALWAYS_ON}
             plain = Stopwatch(assemble(first_week, *self._parts))
             max_tokens = min(self.request.max_tokens, MAX_TOKENS_WITHOUT_LATER_WEEKS)
@@ -89,9 +90,6 @@ class Conversation:
         self._stopwatch = Stopwatch(self.engine)
         timed = self._stopwatch.engine
         return timed.complete(prompt_ids, self._params(), self.request.max_tokens, on_text)
-
-    def _running(self) -> list[Lab]:
-        return [lab for lab, source in self.engine.sources.items() if source != OFF]
 
     def _assemble(self) -> Engine:
         return assemble(self._yours, *self._parts, self._switched_on)
@@ -223,7 +221,7 @@ def _chosen_labs(engine: str) -> tuple[set[Lab], set[Lab], list[str]]:
     remarks = [
         f"{lab.name}: {grade.passed} of {grade.total} tests pass, so {_instead(lab)}"
         for lab, grade in grades.items()
-        if grade.state == "started" and (lab.week == ALWAYS_ON or lab.name in LATER_PARTS)
+        if grade.state == "started" and takes_part(lab)
     ]
     green = {lab for lab, grade in grades.items() if grade.state == "green"}
     return green, {lab for lab, grade in grades.items() if grade.state == "reference"}, remarks

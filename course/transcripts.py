@@ -24,7 +24,7 @@ import yaml
 
 from course import leaks, notes
 from course.hints import NUM_ATTEMPTS
-from course.labs import DRILLS, ROOT, WEEKS, Lab, all_labs, find_labs
+from course.labs import GROUPS, ROOT, Lab, all_labs, find_labs
 
 FIXTURES = ROOT / "tests" / "course" / "transcripts"
 KINDS = {
@@ -57,7 +57,7 @@ _RECORD = re.compile(
     r"|(?P<revealed>revealed))\]$",
     re.MULTILINE,
 )
-_LAB = re.compile(rf"\b(?:{'|'.join([*WEEKS, *DRILLS])})/\w+")
+_LAB = re.compile(rf"\b(?:{'|'.join(GROUPS)})/\w+")
 _CODE = re.compile(r"^[ \t]*(```+|~~~+).*?^[ \t]*\1[ \t]*$|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 _SENTENCE = re.compile(r"[^.!?。！？\n]+(?:[.!?](?=[\s\"”’)*_]|$)|[。！？\n]|$)")
 _LOG = re.compile(r"progress/log/|^#+ .*(session log|学习记录)", re.IGNORECASE | re.MULTILINE)

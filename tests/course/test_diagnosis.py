@@ -8,7 +8,7 @@ import torch
 
 from course import diagnosis, evidence, grading, layers, mutants
 from course.grading import Evidence, GradedFailure
-from course.labs import DRILLS, WEEKS, all_labs, find_labs
+from course.labs import DRILLS, GROUPS, WEEKS, all_labs, find_labs
 
 ROPE = "week1/rope"
 (LAB,) = find_labs(ROPE)
@@ -174,7 +174,7 @@ def test_the_question_stands_under_a_failure_that_the_belief_explains(tree, grad
 def test_what_a_wrong_solution_prints_is_not_shown(tree, graded):
     loud = "(print('my answer'), warnings.warn('my answer'), theta**exponents)[-1]"
     table = TABLE.replace('with = "theta**exponents"', f'with = "{loud}"')
-    tree.write("tests/week1/misconceptions/rope.toml", f"{table}")
+    tree.write("tests/week1/misconceptions/rope.toml", table)
     source = tree.read(f"solutions/{ROPE}.py")
     tree.write(
         f"solutions/{ROPE}.py",
@@ -286,7 +286,7 @@ def test_questions_that_tell_apart_name_rows_of_the_table(lab):
         assert mutants.separating_question(lab, row["ids"]) == row["ask"]
 
 
-@pytest.mark.parametrize("week", [*WEEKS, *DRILLS])
+@pytest.mark.parametrize("week", GROUPS)
 def test_unlisted_solutions_are_judged(week):
     path = layers.TESTS / week / "unlisted.toml"
     rows = tomllib.loads(path.read_text(encoding="utf-8"))["solution"]

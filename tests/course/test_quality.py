@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from course import mutants, quality
-from course.labs import DRILLS, WEEKS, all_labs
+from course.labs import GROUPS, WEEKS, all_labs
 from tests.course.test_layers import NUM_TESTS
 
 LABS = pytest.mark.parametrize("lab", all_labs(), ids=lambda lab: lab.name)
@@ -39,7 +39,7 @@ def test_committed_results_are_current_and_good(lab):
     assert results["alternative"] == len(mutants.alternatives(lab))
 
 
-@pytest.mark.parametrize("week", [*WEEKS, *DRILLS])
+@pytest.mark.parametrize("week", GROUPS)
 def test_the_shares_that_are_promised(week):
     results = mutants.read_results(week).values()
     total = {key: sum(lab[key] for lab in results) for key in ("generated", "generated_killed")}

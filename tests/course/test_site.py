@@ -14,13 +14,12 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from course import mutants, notes, site, stubs
-from course.labs import DRILLS, ROOT, WEEKS, all_labs
+from course.labs import GROUPS, ROOT, WEEKS, all_labs
 
 pytestmark = pytest.mark.xdist_group("site")  # one build
 LABS = pytest.mark.parametrize("lab", all_labs(), ids=lambda lab: lab.name)
 COPIED = ("README.md", "mkdocs.yml", "sessions", "course", "solutions", "tests")
 NUM_WEEKS = 4
-GROUPS = {**WEEKS, **DRILLS}
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 
 
