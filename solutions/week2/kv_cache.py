@@ -1,6 +1,6 @@
 """A contiguous cache of keys and values, and the model run through it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, takewhile
 
 import torch
@@ -10,7 +10,19 @@ from week1.attention import attention, causal_mask
 from week1.gqa import Attend, grouped_attention
 from week1.qwen import Qwen
 
-__all__ = ["KVCache", "decode_attention", "cached_attend", "extend", "CachedLogits"]
+__all__ = [
+    "KVCache",
+    "prefill_attention",
+    "decode_attention",
+    "cached_attend",
+    "extend",
+    "CachedLogits",
+]
+
+# The seams where later labs put kernels: called as `prefill_attention`, `decode_attention` and
+# `cached_attend` are.
+PrefillAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+DecodeAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _SMALLEST_CAPACITY = 16
 
@@ -117,6 +129,18 @@ def cache_for(model: Qwen, num_rows: int) -> KVCache:
     )
 
 
+def prefill_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Let the new tokens of one row gather the values of their row.
+
+    q: (num_heads, tokens, head_dim), any float dtype: the row's last tokens.
+    keys, values: (num_kv_heads, num_keys, head_dim), q's dtype: all tokens of the row, at least as
+        many as in q; query heads share them as in `grouped_attention`.
+    Each token looks at those up to itself. Returns (num_heads, tokens, head_dim), q's dtype,
+    computed as `attention` does. The arguments are left as they were.
+    """
+    return grouped_attention(q, keys, values, causal_mask(q.shape[-2], keys.shape[-2], q.device))
+
+
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, num_tokens: Tensor) -> Tensor:
     """Let one new token of each row gather the values of its row.
 
@@ -136,11 +160,18 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, num_tokens: Tensor
     return out.flatten(1, 2)
 
 
-def cached_attend(cache: KVCache, num_new_tokens: Mapping[int, int]) -> Attend:
+def cached_attend(
+    cache: KVCache,
+    num_new_tokens: Mapping[int, int],
+    prefill: PrefillAttention = prefill_attention,
+    decode: DecodeAttention = decode_attention,
+) -> Attend:
     """Make the `Attend` of one pass over the next tokens of some rows.
 
     num_new_tokens: row → how many tokens of it the pass computes, at least 1; they follow those
         that the row has already. The cache has room for them.
+    prefill: called in the place of `prefill_attention`, for each row with several new tokens.
+    decode: called in the place of `decode_attention`, for the rows with one.
     The returned function takes the tokens of all rows flat, row after row in the order of
     num_new_tokens: q (num_heads, tokens, head_dim), k and v (num_kv_heads, tokens, head_dim). It
     stores k and v at their rows and positions, and returns (num_heads, tokens, head_dim), in which
@@ -160,20 +191,26 @@ def cached_attend(cache: KVCache, num_new_tokens: Mapping[int, int]) -> Attend:
             if count > 1:
                 end = cache.num_computed_tokens[row] + count
                 here = slice(starts[row], starts[row] + count)
-                out[:, here] = _attend_row(q[:, here], keys[row, :, :end], values[row, :, :end])
+                out[:, here] = prefill(q[:, here], keys[row, :, :end], values[row, :, :end])
         if decoding:
             queries = q[:, decoding_at]
-            out[:, decoding_at] = _attend_decoding(cache, decoding, queries, keys, values)
+            out[:, decoding_at] = _attend_decoding(cache, decoding, queries, keys, values, decode)
         return out
 
     return attend
 
 
-def extend(model: Qwen, cache: KVCache, new_tokens: Mapping[int, Sequence[int]]) -> Tensor:
+def extend(
+    model: Qwen,
+    cache: KVCache,
+    new_tokens: Mapping[int, Sequence[int]],
+    make_attend: Callable[[KVCache, Mapping[int, int]], Attend] = cached_attend,
+) -> Tensor:
     """Run a model over the next tokens of some rows, and keep their keys and values.
 
     new_tokens: row → the ids that follow what the row has seen, at least one. Whole prompts, chunks
         of prompts and single tokens may stand side by side, in any order of rows.
+    make_attend: called once, in the place of `cached_attend`, for the pass's `Attend`.
     Returns (len(new_tokens), vocab_size) float32 without a gradient: the scores of what follows
     each row's last id, in the order of new_tokens. num_computed_tokens has grown by what was
     computed; where the model itself raises, it has not, and the call may be repeated.
@@ -193,7 +230,7 @@ def extend(model: Qwen, cache: KVCache, new_tokens: Mapping[int, Sequence[int]])
     last = torch.tensor([*counts.values()], device=device).cumsum(0) - 1
     with torch.inference_mode():
         input_ids = torch.tensor(flat, dtype=torch.int64, device=device)
-        hidden = model(input_ids, positions, cached_attend(cache, counts))
+        hidden = model(input_ids, positions, make_attend(cache, counts))
         logits = model.logits(hidden[last])
     for row, count in counts.items():
         cache.num_computed_tokens[row] += count
@@ -203,6 +240,7 @@ def extend(model: Qwen, cache: KVCache, new_tokens: Mapping[int, Sequence[int]])
 class CachedLogits:
     """Score the next token as week 1's `next_token_logits` does, computing only what is new.
 
+    make_attend: as in `extend`.
     Called with all ids so far, at least one; returns (vocab_size,) float32 without a gradient.
     A call need not continue the one before. The ids that both begin with are not computed again,
     apart from the call's last one, which always is; nothing else of the earlier call is looked at.
@@ -210,8 +248,13 @@ class CachedLogits:
     since the model raises or the context is too short, may be followed by any other.
     """
 
-    def __init__(self, model: Qwen):
+    def __init__(
+        self,
+        model: Qwen,
+        make_attend: Callable[[KVCache, Mapping[int, int]], Attend] = cached_attend,
+    ):
         self._model = model
+        self._make_attend = make_attend
         self._cache = cache_for(model, num_rows=1)
         self._ids: list[int] = []  # what the cache holds
 
@@ -222,7 +265,7 @@ class CachedLogits:
         self._cache.truncate(0, shared)
         # Shortened before the model runs: should it fail, this is what the cache still holds.
         self._ids = ids[:shared]
-        logits = extend(self._model, self._cache, {0: ids[shared:]})
+        logits = extend(self._model, self._cache, {0: ids[shared:]}, self._make_attend)
         self._ids = ids
         return logits[0]
 
@@ -243,13 +286,13 @@ def _starts(counts: Mapping[int, int]) -> dict[int, int]:
     return dict(zip(counts, ends, strict=False))
 
 
-def _attend_row(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    mask = causal_mask(q.shape[-2], keys.shape[-2], q.device)
-    return grouped_attention(q, keys, values, mask)
-
-
 def _attend_decoding(
-    cache: KVCache, rows: Sequence[int], q: Tensor, keys: Tensor, values: Tensor
+    cache: KVCache,
+    rows: Sequence[int],
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    decode: DecodeAttention,
 ) -> Tensor:
     first, last = min(rows), max(rows)
     # A slice of rows is a view, a list of rows would be a copy; rows between that do not take part
@@ -260,7 +303,7 @@ def _attend_decoding(
     queries = q.new_zeros(last - first + 1, q.shape[0], q.shape[2])
     queries[places] = q.transpose(0, 1)
     span = slice(first, last + 1)
-    out = decode_attention(queries, keys[span], values[span], num_tokens.to(q.device))
+    out = decode(queries, keys[span], values[span], num_tokens.to(q.device))
     return out[places].transpose(0, 1)
 
 
