@@ -221,6 +221,8 @@ def _import_problem(lab: Lab, error: BaseException) -> str:
         place = f"{where}, line {frame.lineno}" if frame else own
         if isinstance(error, SystemExit):
             text = f"{place}: sys.exit is called while the file is imported"
+        elif isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            text = f"{own} needs Triton, which runs on Linux, or in WSL on Windows"
         else:
             text = f"{place}: {type(error).__name__}: {error}"
     if where != own:
@@ -576,6 +578,7 @@ def _out_of_time(error: BaseException) -> str:
 
 
 def _crash(error: BaseException) -> str:
+    error = _inside_kernel(error)
     frame, innermost = learner_frame(error, _own_folders()), learner_frame(error)
     message = textwrap.shorten(str(error), 300, placeholder=" …")
     if frame is None:
@@ -587,6 +590,13 @@ def _crash(error: BaseException) -> str:
         return _lines(f"{type(error).__name__}: {message}", f"when the suite ran: {line}", question)
     inside = "" if frame == innermost else f"raised by {short_path(innermost.filename)}, called in"
     return _lines(session.last_call, f"{type(error).__name__}: {message}", inside, _place(frame))
+
+
+def _inside_kernel(error: BaseException) -> BaseException:
+    """Return what Triton's interpreter has wrapped, once for every function on its way."""
+    while type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _own_folders() -> list[Path]:

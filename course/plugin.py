@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from course import diagnosis, grading, layers, progress, stubs
 from course.grading import OutOfTime, PrintFlood, session
@@ -78,6 +80,9 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         sys.path[:] = [*(e for e in sys.path if e != str(layers.ROOT)), str(layers.ROOT)]
     session.tree, session.folders = tree, tuple(folders)
+    if tree and not torch.cuda.is_available():
+        # Before anything imports Triton: without a GPU its kernels are graded in its interpreter.
+        os.environ["TRITON_INTERPRET"] = "1"
     referenced = [lab for lab in all_labs() if lab.name in overlaid]
     config.stash[_referenced] = referenced if tree == "code" else []
     if tree == "code" and config.option.reportchars == "fE":
@@ -134,11 +139,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         lab = lab_of(item)
         if lab and config.pluginmanager.hasplugin("timeout"):
             item.add_marker(pytest.mark.timeout(hard_limit, method="thread"))
+        if lab and not _has_what_it_needs(lab):
+            reason = f"{lab.name} needs Triton, which runs on Linux, or in WSL on Windows"
+            item.add_marker(pytest.mark.skip(reason=reason))
         if lab in referenced:
             reason = (
                 f"{lab.name} is taken from the reference, so there is nothing of yours to grade"
             )
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@functools.cache
+def _has_what_it_needs(lab: Lab) -> bool:
+    is_of_kernels = "import triton" in lab.solution.read_text(encoding="utf-8")
+    return not is_of_kernels or importlib.util.find_spec("triton") is not None
 
 
 def lab_of(item: pytest.Item) -> Lab | None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import linecache
 import os
 import sys
 import warnings
@@ -68,10 +69,14 @@ def _silence() -> Iterator[None]:
 def _load(mutant: mutants.Mutant) -> ModuleType | None:
     module = ModuleType(mutant.lab.module)
     module.__file__ = str(mutant.lab.solution)
+    name = f"<{mutant.lab.name} {mutant.id}>"
+    # Triton reads a kernel's source again, and asks for it by the name of its file.
+    lines = mutant.source.splitlines(keepends=True)
+    linecache.cache[name] = len(mutant.source), None, lines, name
     with _reference_layer():
         sys.modules[mutant.lab.module] = module
         try:
-            exec(compile(mutant.source, f"<{mutant.id}>", "exec"), vars(module))
+            exec(compile(mutant.source, name, "exec"), vars(module))
         except Exception:
             return None  # one that cannot be imported explains no result
         finally:

@@ -1,0 +1,292 @@
+"""What a graded suite sees of Triton kernels: that one ran, and that it kept to its memory.
+
+Without a GPU kernels run in Triton's interpreter: one program after the other, on the memory of
+this process. It forgives what a GPU does not, so that it is watched here:
+
+- an access outside of the tensors that were handed in, which may hit anything;
+- a value that a masked load has left undefined: the interpreter gives 0, here it is NaN;
+- programs of one launch that meet at an address, while a GPU runs them in any order;
+- bfloat16 in `tl.dot`, which the interpreter computes wrongly without a word.
+
+A suite of kernels imports this module, and the plugin has chosen the interpreter by then.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from course.grading import TOLERANCE, GradedFailure
+
+try:
+    import triton
+    from triton.runtime import interpreter
+    from triton.runtime.jit import JITFunction
+except ImportError:  # the plugin says what to install
+    triton = None
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# What `tl.dot` multiplies here, and what a graded kernel therefore meets.
+DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == "cuda" else ()))
+# Undefined integers: no index that anybody uses.
+_UNDEFINED_INTEGER = 0x5A
+
+
+class KernelFault(Exception):
+    """What a kernel did that a GPU would not forgive, in one sentence."""
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[list[str]]:
+    """A block that notes the name of every kernel that is launched in it."""
+    names: list[str] = []
+
+    def note(function: Any, run: Callable, *args: Any, **kwargs: Any) -> Any:
+        names.append(function.__name__)
+        return run(function, *args, **kwargs)
+
+    with _launching(note):
+        yield names
+
+
+@contextlib.contextmanager
+def suppressed() -> Iterator[None]:
+    """A block in which no kernel runs, and memory that torch has not written holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with _launching(lambda *_, **__: None):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def check_kernel_computes(call: Callable[[], Tensor], of: str, num_launches: int = 1) -> None:
+    """Hold a call to having its result from a kernel, by what it gives when no kernel runs.
+
+    call: gives one floating tensor, from arguments of its own at each call. num_launches: how many
+    it may need at most.
+    """
+    with observed() as names:
+        result = call()
+    if not names:
+        raise GradedFailure(f"{of}\nno Triton kernel was launched")
+    if len(names) > num_launches:
+        text = f"{of}\n{len(names)} kernels were launched, at most {num_launches} are allowed"
+        raise GradedFailure(f"{text}: {', '.join(names[:4])}", names)
+    with suppressed():
+        try:
+            other = call()
+        except Exception:
+            return  # what it needs from its kernel was not there
+    close = (other.double() - result.double()).abs() <= TOLERANCE[result.dtype] * result.abs().max()
+    if bool(close.all()):
+        text = f"{of}\nthe kernel {names[0]} was launched, and without it the result is the same"
+        raise GradedFailure(f"{text}: what computed it?", names)
+
+
+@contextlib.contextmanager
+def _launching(launch: Callable) -> Iterator[None]:
+    """Let `launch(function, run, *args, **kwargs)` decide what becomes of every launch."""
+    kept = [(kind, kind.run) for kind in (interpreter.InterpretedFunction, JITFunction)]
+    for kind, run in kept:
+
+        def replaced(self, *args, _run=run, **kwargs):
+            return launch(self, _run, *args, **kwargs)
+
+        kind.run = replaced
+    try:
+        yield
+    finally:
+        for kind, run in kept:
+            kind.run = run
+
+
+@dataclass
+class _Launch:
+    """One launch in the interpreter: its tensors, and who has touched which address.
+
+    bounds: name, first address and end of each tensor, as the kernel may use it.
+    """
+
+    kernel: str
+    bounds: list[tuple[str, int, int]] = field(default_factory=list)
+    reads: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    writes: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    has_atomics: bool = False
+
+    def add_tensor(self, name: str, value: Any) -> None:
+        value = getattr(value, "base", value) if not isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            pairs = zip(value.shape, value.stride(), strict=True)
+            extent = 1 + sum((size - 1) * stride for size, stride in pairs) if value.numel() else 0
+            start = value.data_ptr()
+            self.bounds.append((name, start, start + extent * value.itemsize))
+
+    def check(self, addresses: np.ndarray, itemsize: int, verb: str) -> None:
+        """Hold an access to the launch's tensors."""
+        outside = np.ones(addresses.shape, dtype=bool)
+        for _, start, end in self.bounds:
+            outside &= (addresses < start) | (addresses + np.uint64(itemsize) > end)
+        if outside.any():
+            names = ", ".join(name for name, *_ in self.bounds)
+            raise KernelFault(
+                f"the kernel {self.kernel} {verb} {int(outside.sum())} of {outside.size} elements "
+                f"outside of its tensors ({names}), in program {_position()}"
+            )
+
+    def check_order(self) -> None:
+        """Hold the result to not depending on the order in which programs run."""
+        if self.has_atomics or not self.writes:
+            return
+        writers, written, values = (np.concatenate(parts) for parts in self._joined_writes())
+        order = np.argsort(written, kind="stable")
+        writers, written, values = writers[order], written[order], values[order]
+        same = written[1:] == written[:-1]
+        differ = same & (writers[1:] != writers[:-1]) & (values[1:] != values[:-1])
+        if differ.any():
+            raise KernelFault(
+                f"programs of the kernel {self.kernel} write different values to the same elements "
+                f"({int(differ.sum())} times), and on a GPU nobody knows which of them is last"
+            )
+        for reader, read in self.reads:
+            places = np.searchsorted(written, read)
+            places[places == len(written)] = 0
+            foreign = (written[places] == read) & (writers[places] != reader)
+            if foreign.any():
+                raise KernelFault(
+                    f"a program of the kernel {self.kernel} reads what another program of the same "
+                    f"launch writes ({int(foreign.sum())} of the {foreign.size} elements of one "
+                    "load), and on a GPU nobody knows which of them comes first"
+                )
+
+    def _joined_writes(self) -> tuple[list, list, list]:
+        programs = [np.full(len(addresses), program) for program, addresses, _ in self.writes]
+        bits = [
+            np.ascontiguousarray(values).view(f"u{values.itemsize}").astype(np.uint64)
+            for _, _, values in self.writes
+        ]
+        return programs, [addresses for _, addresses, _ in self.writes], bits
+
+
+_current: _Launch | None = None
+
+
+def _position() -> tuple[int, ...]:
+    """Return the program that the interpreter is running."""
+    return tuple(interpreter.interpreter_builder.grid_idx)
+
+
+def _program() -> int:
+    x, y, z = _position()
+    _, height, depth = interpreter.interpreter_builder.grid_dim
+    return (x * height + y) * depth + z
+
+
+def _touched(pointers: Any, mask: Any, verb: str) -> np.ndarray:
+    selected = np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(pointers.data))
+    addresses = np.asarray(pointers.data)[selected]
+    if _current is not None:
+        itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        _current.check(addresses, itemsize, verb)
+    return addresses
+
+
+def _load(original, self, ptrs, mask, other, *rest, **named):
+    addresses = _touched(ptrs, mask, "reads")
+    if _current is not None:
+        _current.reads.append((_program(), addresses))
+    if other is None:
+        other = _undefined(ptrs)
+    return original(self, ptrs, mask, other, *rest, **named)
+
+
+def _undefined(pointers: Any) -> Any:
+    element = pointers.get_element_ty()
+    dtype = interpreter._get_np_dtype(element)
+    if element.is_bf16():
+        fill = 0x7FC0  # held as the bits of a NaN
+    else:
+        fill = np.nan if np.issubdtype(dtype, np.floating) else _UNDEFINED_INTEGER
+    return interpreter.TensorHandle(np.full(np.shape(pointers.data), fill, dtype=dtype), element)
+
+
+def _store(original, self, ptrs, value, mask, *rest, **named):
+    addresses = _touched(ptrs, mask, "writes")
+    if _current is not None:
+        selected = np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(ptrs.data))
+        values = np.broadcast_to(np.asarray(value.data), np.shape(ptrs.data))[selected]
+        _current.writes.append((_program(), addresses, values))
+    return original(self, ptrs, value, mask, *rest, **named)
+
+
+def _compare_and_swap(original, self, ptr, *rest, **named):
+    everywhere = np.ones(np.shape(ptr.data), dtype=bool)
+    _touched(ptr, interpreter.TensorHandle(everywhere, triton.language.int1), "changes")
+    if _current is not None:
+        _current.has_atomics = True
+    return original(self, ptr, *rest, **named)
+
+
+def _read_modify_write(original, self, operation, ptr, value, mask, *rest, **named):
+    _touched(ptr, mask, "changes")
+    if _current is not None:
+        _current.has_atomics = True
+    return original(self, operation, ptr, value, mask, *rest, **named)
+
+
+def _dot(original, self, a, b, *rest, **named):
+    if a.dtype.scalar.is_bf16() or b.dtype.scalar.is_bf16():
+        raise KernelFault("Triton's interpreter cannot multiply bfloat16 in tl.dot; a GPU can")
+    return original(self, a, b, *rest, **named)
+
+
+def _run_grid(original, self, *args, **kwargs):
+    global _current
+    before, _current = _current, _Launch(self.fn.__name__)
+    try:
+        # Infinities and overflows are what the suites look for, in the results.
+        with np.errstate(all="ignore"):
+            original(self, *args, **kwargs)
+        _current.check_order()
+    finally:
+        _current = before
+
+
+def _take_arguments(original, self, args_dev, kwargs):
+    args, named = original(self, args_dev, kwargs)
+    if _current is not None:
+        for name, value in [*zip(self.arg_names, args, strict=False), *named.items()]:
+            _current.add_tensor(name, value)
+    return args, named
+
+
+def _watch_the_interpreter() -> None:
+    builder, grid = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    for owner, name, wrapper in (
+        (builder, "create_masked_load", _load),
+        (builder, "create_masked_store", _store),
+        (builder, "create_atomic_cas", _compare_and_swap),
+        (builder, "create_atomic_rmw", _read_modify_write),
+        (builder, "create_dot", _dot),
+        (grid, "__call__", _run_grid),
+        (grid, "_init_args_hst", _take_arguments),
+    ):
+        setattr(owner, name, _calling(wrapper, getattr(owner, name)))
+
+
+def _calling(wrapper: Callable, original: Callable) -> Callable:
+    @functools.wraps(original)
+    def call(self, *args, **kwargs):
+        return wrapper(original, self, *args, **kwargs)
+
+    return call
+
+
+if triton is not None:
+    _watch_the_interpreter()
