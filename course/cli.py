@@ -91,6 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("lab", help="such as week1/generate")
     bench.add_argument("--runs", type=int, default=5, metavar="N", help="the median of N runs")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
+    kernels = word(
+        "kernels",
+        _kernels,
+        "compile Triton kernels for GPUs that are not here",
+        "week2/flash_attention",
+    )
+    kernels.add_argument("labs", nargs="*", help="such as week2; nothing means every lab with some")
+    kernels.add_argument(
+        "--solutions", action="store_true", help="those of the reference, not yours"
+    )
     lint = word(
         "lint-transcript",
         _lint_transcript,
@@ -222,6 +232,20 @@ def _bench(options: argparse.Namespace) -> int:
     from course import bench
 
     return bench.bench(_one_lab(options.lab), options.runs, as_json=options.json)
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    from course import kernels
+    from course.grading import LabUnusable
+
+    labs = [lab for text in options.labs for lab in find_labs(text)]
+    if len(options.labs) < len(labs):  # a week, of which not every lab has kernels
+        labs = [lab for lab in labs if lab in kernels.labs_with_kernels()]
+    try:
+        return kernels.kernels(labs, "solutions" if options.solutions else "code")
+    except LabUnusable as error:
+        print(f"course: {error}")
+        return 1
 
 
 def _lint_transcript(options: argparse.Namespace) -> int:
