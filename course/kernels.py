@@ -71,6 +71,7 @@ def kernels(labs: Sequence[Lab], tree: str) -> int:
         print("course: kernels need Triton, which runs on Linux, or in WSL on Windows")
         return 1
     # What was compiled once stays in the repository's own folder; fusing is what GPUs run with.
+    os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_CACHE_DIR", str(layers.STATE / "triton"))
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     layers.activate(layers.folders(tree, {}))

@@ -180,8 +180,8 @@ def cached_attend(
     """
     rows, positions = _places(cache, num_new_tokens)
     starts = _starts(num_new_tokens)
-    decoding = [row for row, count in num_new_tokens.items() if count == 1]
-    decoding_at = torch.tensor([starts[row] for row in decoding], device=cache.device)
+    decoding = {row: starts[row] for row, count in num_new_tokens.items() if count == 1}
+    attend_decoding = _decoding(cache, decoding, decode) if decoding else None
 
     def attend(layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.write(layer_index, rows, positions, k, v)
@@ -192,9 +192,8 @@ def cached_attend(
                 end = cache.num_computed_tokens[row] + count
                 here = slice(starts[row], starts[row] + count)
                 out[:, here] = prefill(q[:, here], keys[row, :, :end], values[row, :, :end])
-        if decoding:
-            queries = q[:, decoding_at]
-            out[:, decoding_at] = _attend_decoding(cache, decoding, queries, keys, values, decode)
+        if attend_decoding is not None:
+            attend_decoding(q, keys, values, out)
         return out
 
     return attend
@@ -286,25 +285,31 @@ def _starts(counts: Mapping[int, int]) -> dict[int, int]:
     return dict(zip(counts, ends, strict=False))
 
 
-def _attend_decoding(
-    cache: KVCache,
-    rows: Sequence[int],
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    decode: DecodeAttention,
-) -> Tensor:
-    first, last = min(rows), max(rows)
+def _decoding(
+    cache: KVCache, starts: Mapping[int, int], decode: DecodeAttention
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """Prepare, once for all layers, what the rows with one new token need.
+
+    starts: row → its place in the flat call. The returned function takes q, the keys and values of
+    all rows, and out, in which it fills these rows' places.
+    """
+    first, last = min(starts), max(starts)
     # A slice of rows is a view, a list of rows would be a copy; rows between that do not take part
     # look at one token, for nothing.
-    num_tokens = torch.ones(last - first + 1, dtype=torch.int64)
-    places = torch.tensor(rows) - first
-    num_tokens[places] = torch.tensor([cache.num_computed_tokens[row] + 1 for row in rows])
-    queries = q.new_zeros(last - first + 1, q.shape[0], q.shape[2])
-    queries[places] = q.transpose(0, 1)
     span = slice(first, last + 1)
-    out = decode(queries, keys[span], values[span], num_tokens.to(q.device))
-    return out[places].transpose(0, 1)
+    places = torch.tensor([row - first for row in starts], device=cache.device)
+    num_tokens = torch.ones(last - first + 1, dtype=torch.int64, device=cache.device)
+    counts = [cache.num_computed_tokens[row] + 1 for row in starts]
+    num_tokens[places] = torch.tensor(counts, device=cache.device)
+    flat = torch.tensor([*starts.values()], device=cache.device)
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        queries = q.new_zeros(last - first + 1, q.shape[0], q.shape[2])
+        queries[places] = q[:, flat].transpose(0, 1)
+        attended = decode(queries, keys[span], values[span], num_tokens)
+        out[:, flat] = attended[places].transpose(0, 1)
+
+    return attend
 
 
 def _check_new_tokens(cache: KVCache, counts: Mapping[int, int], limit: int) -> None:

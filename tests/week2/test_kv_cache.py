@@ -407,6 +407,31 @@ def attend_in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q.double(), k, v, attn_mask=mask)
 
 
+def prefill_inputs(heads, tokens, num_keys, dtype=torch.float32):
+    """Draw q, keys and values of one row, as views whose strides are those of a cache."""
+    q = random(tokens, heads[0], 10, seed=3, dtype=dtype).transpose(0, 1)
+    room = random(2, heads[1], num_keys + 5, 10, seed=4, dtype=dtype)
+    return q, room[0, :, :num_keys], room[1, :, :num_keys]
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (7, 1)], ids=str)
+@pytest.mark.parametrize("tokens, num_keys", [(7, 7), (1, 1), (1, 9), (3, 11), (70, 90)])
+def test_prefill_matches_torch(tokens, num_keys, heads):
+    arguments = prefill_inputs(heads, tokens, num_keys)
+    expected = attend_in_float64(*arguments)
+    check_close(kv.prefill_attention(*arguments), expected, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_prefill_in_other_dtypes(dtype):
+    arguments = prefill_inputs((6, 2), 5, 12, dtype)
+    before = [argument.clone() for argument in arguments]
+    expected = attend_in_float64(*arguments)
+    check_close(kv.prefill_attention(*arguments), expected, dtype=dtype)
+    for name, got, want in zip(("q", "keys", "values"), arguments, before, strict=True):
+        check_close(got, want, tolerance=0.0, of=f"{name} after prefill_attention")
+
+
 def expected_decode(q: Tensor, keys: Tensor, values: Tensor, num_tokens: Sequence[int]) -> Tensor:
     """Let one token of each row look at its own row, row by row."""
     rows = [
@@ -616,6 +641,45 @@ def test_attend_pass_after_pass():
         of.note(f"a pass over {counts}", None)
         for row, count in counts.items():
             cache.num_computed_tokens[row] += count
+
+
+class Noted:
+    """Attention by torch that is handed in, and notes which numbers of tokens it was called for."""
+
+    def __init__(self):
+        self.prefills: list[tuple[int, int]] = []
+        self.decodes: list[list[int]] = []
+
+    def prefill(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        self.prefills.append((q.shape[1], keys.shape[1]))
+        return -attend_in_float64(q, keys, values).to(q.dtype)
+
+    def decode(self, q: Tensor, keys: Tensor, values: Tensor, num_tokens: Tensor) -> Tensor:
+        self.decodes.append(num_tokens.tolist())
+        return -expected_decode(q, keys, values, num_tokens.tolist()).to(q.dtype)
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_attend_through_what_is_handed_in(case):
+    lengths, counts = PASSES[case]
+    (cache, stored), noted = filled(lengths, (6, 2)), Noted()
+    of = f"cached_attend with prefill and decode handed in, which negate what is right; {counts}"
+    own, theirs = (
+        kv.cached_attend(cache, counts),
+        kv.cached_attend(cache, counts, prefill=noted.prefill, decode=noted.decode),
+    )
+    num_tokens = sum(counts.values())
+    for layer in range(stored.num_layers):
+        q = random(6, num_tokens, stored.head_dim, seed=layer)
+        k, v = stored.new_tokens(num_tokens)
+        check_close(theirs(layer, q, k, v), -own(layer, q, k, v).double(), dtype=q.dtype, of=of)
+    chunks = [(n, lengths[row] + n) for row, n in counts.items() if n > 1]
+    what = "tokens and keys that prefill was called with, layer after layer"
+    check_equal(noted.prefills, chunks * stored.num_layers, what, of=of)
+    singles = sorted(lengths[row] + 1 for row, n in counts.items() if n == 1)
+    called = [n for call in noted.decodes for n in call]
+    what = "the rows with one new token did not all come by decode, in every layer"
+    check_true(all(called.count(n) >= stored.num_layers for n in singles), what, of=of)
 
 
 @settings(max_examples=20)
@@ -910,6 +974,34 @@ def test_extend_after_the_model_has_failed(layer):
     served.model.fails_in_layer = -1
     served.step({2: 3, 0: 1, 1: 6})
     served.step({1: 1, 0: 1, 2: 1})
+
+
+def test_extend_through_an_attend_that_is_handed_in():
+    served, seen = Served(3), []
+
+    def make_attend(cache, counts):
+        seen.append((cache is served.cache, dict(counts)))
+        return lambda layer, q, k, v: torch.zeros_like(q)
+
+    got = kv.extend(served.model, served.cache, {2: [3, 1, 4], 0: [5]}, make_attend)
+    of = "extend with a make_attend whose attention is 0 everywhere"
+    check_close(got, torch.zeros(2, served.model.head.shape[1]), of=of)
+    check_equal(seen, [(True, {2: 3, 0: 1})], "calls of make_attend (the cache itself, counts)", of)
+    check_equal(served.cache.num_computed_tokens, [1, 0, 3], "num_computed_tokens", of=of)
+
+
+def test_logits_through_an_attend_that_is_handed_in():
+    model, counts = LookupModel(), []
+
+    def make_attend(cache, num_new_tokens):
+        counts.append(dict(num_new_tokens))
+        return kv.cached_attend(cache, num_new_tokens)
+
+    next_logits = kv.CachedLogits(model, make_attend)
+    for ids in ([3, 1, 4], [3, 1, 4, 1], [3, 1, 5, 9]):
+        of = f"CachedLogits with a make_attend handed in, called with {ids}"
+        check_close(next_logits(ids), model.expected(ids), dtype=torch.float32, of=of)
+    check_equal(counts, [{0: 3}, {0: 1}, {0: 2}], "what make_attend was called for", of=of)
 
 
 FAMILIES = {"Qwen2": (Qwen2Config, Qwen2ForCausalLM), "Qwen3": (Qwen3Config, Qwen3ForCausalLM)}

@@ -11,7 +11,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from week1.gqa import Attend
 from week1.qwen import Qwen
 
-__all__ = ["KVCache", "decode_attention", "cached_attend", "extend", "CachedLogits"]
+__all__ = [
+    "KVCache",
+    "prefill_attention",
+    "decode_attention",
+    "cached_attend",
+    "extend",
+    "CachedLogits",
+]
 
 
 class KVCache:
@@ -83,14 +90,24 @@ def cache_for(model: Qwen, num_rows: int) -> KVCache:
     return KVCache(config.num_hidden_layers, num_rows, *sizes, weight.dtype, weight.device)
 
 
+def prefill_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Let the last tokens of one row look at it."""
+    return _look(q, keys, values)
+
+
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, num_tokens: Tensor) -> Tensor:
     """Go through the rows, each cut to its own length."""
     rows = zip(q, keys, values, num_tokens.tolist(), strict=True)
     return torch.stack([_look(x[:, None], k[:, :n], v[:, :n])[:, 0] for x, k, v, n in rows])
 
 
-def cached_attend(cache: KVCache, num_new_tokens: Mapping[int, int]) -> Attend:
-    """Treat a single token as a chunk of one."""
+def cached_attend(
+    cache: KVCache,
+    num_new_tokens: Mapping[int, int],
+    prefill=prefill_attention,
+    decode=decode_attention,
+) -> Attend:
+    """Go through the rows; a single token is a batch of one."""
     spans = list(_spans(cache, num_new_tokens))
 
     def attend(layer_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,15 +116,26 @@ def cached_attend(cache: KVCache, num_new_tokens: Mapping[int, int]) -> Attend:
             positions = torch.arange(start, end, device=q.device)
             rows = torch.full_like(positions, row)
             cache.write(layer_index, rows, positions, k[:, here], v[:, here])
-            keys, values = (part[row, :, :end] for part in cache.read(layer_index))
-            pieces.append(_look(q[:, here], keys, values))
+            keys, values = cache.read(layer_index)
+            if end - start > 1:
+                pieces.append(prefill(q[:, here], keys[row, :, :end], values[row, :, :end]))
+            else:
+                alone = slice(row, row + 1)
+                length = torch.tensor([end], device=q.device)
+                queries = q[:, here].transpose(0, 1)
+                pieces.append(decode(queries, keys[alone], values[alone], length).transpose(0, 1))
         return torch.cat(pieces, dim=1)
 
     return attend
 
 
 @torch.no_grad()
-def extend(model: Qwen, cache: KVCache, new_tokens: Mapping[int, Sequence[int]]) -> Tensor:
+def extend(
+    model: Qwen,
+    cache: KVCache,
+    new_tokens: Mapping[int, Sequence[int]],
+    make_attend=cached_attend,
+) -> Tensor:
     """Run a model over the next tokens of some rows, sorted by row, and sort the scores back."""
     if len(new_tokens) == 0:
         raise ValueError("no row to extend")
@@ -126,7 +154,7 @@ def extend(model: Qwen, cache: KVCache, new_tokens: Mapping[int, Sequence[int]])
     flat = list(itertools.chain.from_iterable(new_tokens[row] for row in ordered))
     spans = list(_spans(cache, counts))
     positions = torch.cat([torch.arange(start, end) for _, _, start, end in spans]).to(device)
-    hidden = model(torch.tensor(flat, device=device), positions, cached_attend(cache, counts))
+    hidden = model(torch.tensor(flat, device=device), positions, make_attend(cache, counts))
     last = {row: here.stop - 1 for row, here, _, _ in spans}
     scores = model.logits(hidden)[[last[row] for row in new_tokens]]
     for row, _, _, end in spans:
@@ -137,8 +165,9 @@ def extend(model: Qwen, cache: KVCache, new_tokens: Mapping[int, Sequence[int]])
 class CachedLogits:
     """Keeps one row and the ids whose keys and values are certainly there."""
 
-    def __init__(self, model: Qwen):
+    def __init__(self, model: Qwen, make_attend=cached_attend):
         self.model, self.cache, self.known = model, cache_for(model, 1), ()
+        self.make_attend = make_attend
 
     def __call__(self, token_ids: Sequence[int]) -> Tensor:
         """Score what follows token_ids."""
@@ -148,7 +177,7 @@ class CachedLogits:
             shared += 1
         self.cache.truncate(0, shared)
         self.known = ids[:shared]
-        scores = extend(self.model, self.cache, {0: ids[shared:]})[0]
+        scores = extend(self.model, self.cache, {0: ids[shared:]}, self.make_attend)[0]
         self.known = ids
         return scores
 
