@@ -31,6 +31,7 @@ class Workload:
 
     sides: name → one run of it; "yours" and `against` are among them. count, unit: what one run
     gets done, such as 32 tokens. flops, num_bytes: the least work of one run, for the limit.
+    device: where it runs. dtype: of its matrix products.
     """
 
     sides: Mapping[str, Callable[[], object]]
@@ -39,12 +40,18 @@ class Workload:
     unit: str
     flops: float
     num_bytes: float
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine does at best, measured here. flops, bytes_per_second: float32, a second."""
+    """What a device does at best, measured here.
 
+    name: of the device. flops: a second, in matrix products. bytes_per_second: read and written.
+    """
+
+    name: str
     flops: float
     bytes_per_second: float
 
@@ -67,7 +74,7 @@ def bench(lab: Lab, num_runs: int, as_json: bool) -> int:
         print(f"course: {error}")
         return 1
     seconds = _time(work, num_runs)
-    report = _report(lab, work, seconds, measure_machine(), thresholds)
+    report = _report(lab, work, seconds, measure_machine(work.device, work.dtype), thresholds)
     progress.append("bench", lab, ratio=report["ratio"], medal=report["medal"])
     print(json.dumps(report, indent=1) if as_json else _table(report))
     return 0
@@ -78,14 +85,22 @@ def medal_of(ratio: float, thresholds: Mapping[str, float]) -> str:
     return next((name for name in MEDALS if ratio >= thresholds[name]), "")
 
 
-def measure_machine() -> Machine:
-    """Measure the copy bandwidth and the rate of a float32 matrix product, the best of five."""
-    source = torch.ones(64 * 2**20)
+def measure_machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
+    """Measure the copy bandwidth and the rate of a matrix product, the best of five.
+
+    dtype: of the product.
+    """
+    size = 1024 if device == "cpu" else 8192
+    source = torch.ones(64 * 2**20, device=device)
     target = torch.empty_like(source)
-    a = torch.ones(1024, 1024)
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    for run in (lambda: target.copy_(source), lambda: a @ a):
+        run()
     copying = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
     multiplying = min(_seconds(lambda: a @ a) for _ in range(5))
-    return Machine(2 * 1024**3 / multiplying, 2 * source.nbytes / copying)
+    is_gpu = device != "cpu"
+    name = torch.cuda.get_device_name() if is_gpu else platform.processor() or platform.machine()
+    return Machine(name, 2 * size**3 / multiplying, 2 * source.nbytes / copying)
 
 
 def _workload(lab: Lab, yours: set[Lab]) -> Workload:
@@ -135,7 +150,7 @@ def _report(
         "rates": {name: round(rate, 2) for name, rate in rates.items()},
         "share_of_limit": round(rates[YOURS] * best / work.count, 3),
         "machine": {
-            "name": platform.processor() or platform.machine(),
+            "name": machine.name,
             "cores": os.cpu_count(),
             "gflops": round(machine.flops / 1e9, 1),
             "gigabytes_per_second": round(machine.bytes_per_second / 1e9, 1),

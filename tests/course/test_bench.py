@@ -43,7 +43,7 @@ def test_the_median_of_the_rounds_counts():
     # The machine was slow in the second round, for both sides.
     seconds = {"yours": [1.0, 9.0, 2.0], "theirs": [1.0, 9.0, 1.0]}
     thresholds = mutants.medal(*find_labs(QWEN))
-    machine = bench.Machine(flops=1e9, bytes_per_second=1e9)
+    machine = bench.Machine("a machine", flops=1e9, bytes_per_second=1e9)
     report = bench._report(*find_labs(QWEN), work(**seconds), seconds, machine, thresholds)
     assert report["ratio"] == 1.0 and report["medal"] == "gold"
     assert report["rates"] == {"yours": 5.0, "theirs": 10.0}
