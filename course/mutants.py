@@ -513,8 +513,11 @@ def _run_all(lab: Lab, mutants: list[Mutant], diagnosed: bool = False) -> dict[M
 
 
 def _import_what_the_suite_imports(lab: Lab) -> None:
+    from course import plugin  # which brings torch and pytest
+
+    plugin.choose_interpreter()
     tree = ast.parse(lab.tests.read_bytes())
-    for name in ["pytest", "torch", "course.plugin", *layers.imported_modules(tree)]:
+    for name in layers.imported_modules(tree):
         importlib.import_module(name)
     gc.freeze()
 

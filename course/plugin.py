@@ -80,14 +80,18 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         sys.path[:] = [*(e for e in sys.path if e != str(layers.ROOT)), str(layers.ROOT)]
     session.tree, session.folders = tree, tuple(folders)
-    if not torch.cuda.is_available():
-        # Before anything imports Triton: without a GPU its kernels are graded in its interpreter.
-        os.environ["TRITON_INTERPRET"] = "1"
+    choose_interpreter()
     referenced = [lab for lab in all_labs() if lab.name in overlaid]
     config.stash[_referenced] = referenced if tree == "code" else []
     if tree == "code" and config.option.reportchars == "fE":
         config.option.reportchars = "E"  # every failure has been told in full by then
     _configure_hypothesis()
+
+
+def choose_interpreter() -> None:
+    """Let Triton interpret its kernels where there is no GPU; before anything imports Triton."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 _referenced: pytest.StashKey[list[Lab]] = pytest.StashKey()
