@@ -7,6 +7,7 @@ configuration that it would be tuned over, and launches nothing.
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -112,13 +113,17 @@ def compile_lab(lab: Lab) -> dict[str, list[Compiled]]:
 
 def _report(lab: Lab, compiled: dict[str, list[Compiled]]) -> int:
     print(f"{lab.name}")
-    worst = 0
+    worst, shown = 0, set()
     for what, launches in compiled.items():
         print(f"  {what}")
+        new = [one for one in dict.fromkeys(launches) if one not in shown]
+        shown.update(new)
         if not launches:
             print("    launches no kernel")
             worst = 1
-        for one in launches:
+        elif not new:
+            print("    the same kernels as above")
+        for one in new:
             worst = max(worst, int(bool(one.verdict)))
             figures = f"{one.num_registers:>4} registers, {one.shared / 1024:>6.1f} KiB shared"
             line = f"    sm_{one.arch} {one.kernel:<28} {figures}  {one.options}"
@@ -170,14 +175,11 @@ def _compiling(arch: int) -> Iterator[list[Compiled]]:
     from triton.runtime.jit import JITFunction
 
     launches: list[Compiled] = []
-    seen: set[tuple[str, str]] = set()
     run, tune = JITFunction.run, Autotuner.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         made = _compile(lambda: run(self, *args, grid=grid, warmup=True, **kwargs), self, arch)
-        if (made.kernel, made.digest) not in seen:
-            seen.add((made.kernel, made.digest))
-            launches.append(made)
+        launches.append(made)
 
     def compile_every_configuration(self, *args, **kwargs):
         for config in self.configs:
@@ -215,6 +217,7 @@ def _compile(run: Callable[[], Any], function: Any, arch: int) -> Compiled:
     )
 
 
+@functools.cache
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
     """Return the registers of a thread and the bytes that it spills."""
     import triton
