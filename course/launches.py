@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from course.grading import TOLERANCE, GradedFailure
 
@@ -91,6 +93,65 @@ def check_kernel_computes(call: Callable[[], Tensor], of: str, num_launches: int
 
 
 @contextlib.contextmanager
+def counted_reads(tensor: Tensor) -> Iterator[Tensor]:
+    """A block that counts how often kernels load each element of a tensor.
+
+    Yields int64 counts of the tensor's shape, which grow with every launch. Only the interpreter
+    sees loads: on a GPU they stay 0.
+    """
+    counts = torch.zeros(_extent(tensor), dtype=torch.int64)
+    watch = tensor.data_ptr(), tensor.itemsize, counts.numpy()
+    _watches.append(watch)
+    try:
+        yield counts.as_strided(tensor.shape, tensor.stride())
+    finally:
+        _watches.remove(watch)
+
+
+@contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """A block in which the host may not look into a tensor: on a GPU it would have to wait there.
+
+    No kernel runs in the interpreter meanwhile, since that looks into every tensor.
+    """
+    if DEVICE == "cuda":
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    else:
+        with suppressed(), _NoCopying(), _NoLooking():
+            yield
+
+
+class _NoCopying(TorchFunctionMode):
+    """Refuses to bring a whole tensor to the host."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        _refuse(getattr(function, "__name__", ""), {"tolist", "numpy", "__array__", "cpu"})
+        return function(*args, **(kwargs or {}))
+
+
+class _NoLooking(TorchDispatchMode):
+    """Refuses operations of which the host needs the result, such as int(x.max()) and x[:n]."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        _refuse(name, {"_local_scalar_dense", "nonzero", "masked_select", "equal"})
+        return function(*args, **(kwargs or {}))
+
+
+def _refuse(name: str, refused: set[str]) -> None:
+    if name in refused:
+        what = "item" if name == "_local_scalar_dense" else name.strip("_")
+        raise KernelFault(
+            f"the host asks for what a tensor holds ({what}), and would wait for a GPU there"
+        )
+
+
+@contextlib.contextmanager
 def _launching(launch: Callable) -> Iterator[None]:
     """Let `launch(function, run, *args, **kwargs)` decide what becomes of every launch."""
     kept = [(kind, kind.run) for kind in (interpreter.InterpretedFunction, JITFunction)]
@@ -123,10 +184,8 @@ class _Launch:
     def add_tensor(self, name: str, value: Any) -> None:
         value = getattr(value, "base", value) if not isinstance(value, Tensor) else value
         if isinstance(value, Tensor):
-            pairs = zip(value.shape, value.stride(), strict=True)
-            extent = 1 + sum((size - 1) * stride for size, stride in pairs) if value.numel() else 0
             start = value.data_ptr()
-            self.bounds.append((name, start, start + extent * value.itemsize))
+            self.bounds.append((name, start, start + _extent(value) * value.itemsize))
 
     def check(self, addresses: np.ndarray, itemsize: int, verb: str) -> None:
         """Hold an access to the launch's tensors."""
@@ -175,6 +234,14 @@ class _Launch:
 
 
 _current: _Launch | None = None
+# Tensors whose reads are counted: first address, bytes of an element, and a count for each place.
+_watches: list[tuple[int, int, np.ndarray]] = []
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return how many elements lie between a tensor's first and last, both included."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in pairs) if tensor.numel() else 0
 
 
 def _position() -> tuple[int, ...]:
@@ -201,9 +268,16 @@ def _load(original, self, ptrs, mask, other, *rest, **named):
     addresses = _touched(ptrs, mask, "reads")
     if _current is not None:
         _current.reads.append((_program(), addresses))
+        _count(addresses)
     if other is None:
         other = _undefined(ptrs)
     return original(self, ptrs, mask, other, *rest, **named)
+
+
+def _count(addresses: np.ndarray) -> None:
+    for start, itemsize, counts in _watches:
+        inside = (addresses >= start) & (addresses < start + counts.size * itemsize)
+        np.add.at(counts, (addresses[inside] - np.uint64(start)) // np.uint64(itemsize), 1)
 
 
 def _undefined(pointers: Any) -> Any:
