@@ -13,6 +13,7 @@ A suite of kernels imports this module, and the plugin has chosen the interprete
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,20 @@ def observed() -> Iterator[list[str]]:
 
     with _launching(note):
         yield names
+
+
+def count_programs(call: Callable[[], Any]) -> int:
+    """Run a call, and count the programs of all its launches."""
+    counts: list[int] = []
+
+    def count(function: Any, run: Callable, *args: Any, grid: Any, **kwargs: Any) -> Any:
+        named = {**dict(zip(function.arg_names, args, strict=False)), **kwargs}
+        counts.append(math.prod(grid(named) if callable(grid) else grid))
+        return run(function, *args, grid=grid, **kwargs)
+
+    with _launching(count):
+        call()
+    return sum(counts)
 
 
 @contextlib.contextmanager
