@@ -60,7 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     generate = word(
         "generate", _generate, "continue a text", '--prompt "Once upon a time" --max-tokens 40'
     )
-    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        help="the text to continue; give it several times to continue several texts",
+    )
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     _add_generation(generate)
     predict = word(

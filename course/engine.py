@@ -17,7 +17,10 @@ from course.labs import WEEKS, Lab, week_labs
 YOURS, REFERENCE, OFF = "yours", "reference", "off"
 ALWAYS_ON = "week1"
 # Labs of later weeks that the engine can run; the others are used beside it.
-LATER_PARTS = ("week2/kv_cache",)
+LATER_PARTS = ("week2/kv_cache", "week2/continuous_batching")
+# Of prompts that run together: how many at once, and how many tokens they compute in one step.
+NUM_ROWS = 32
+TOKEN_BUDGET = 256
 
 
 class LabCrashed(Exception):
@@ -37,7 +40,7 @@ class Engine:
     """A loaded model, and the labs that run it.
 
     sources: every lab that takes part, "yours", "reference" or "off". next_logits: maps all ids so
-    far to the scores of the next one.
+    far to the scores of the next one. batching: the lab that runs prompts together; None when off.
     """
 
     sources: dict[Lab, str]
@@ -47,6 +50,7 @@ class Engine:
     next_logits: Callable[[Sequence[int]], Any]
     generating: ModuleType
     sampling: ModuleType
+    batching: ModuleType | None
     blame: "_Blame"
 
     def complete(
@@ -67,13 +71,44 @@ class Engine:
             return self.generating.generate(
                 self.next_logits,
                 prompt_ids,
-                lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=True),
+                self._decode,
                 max_tokens=max_tokens,
                 max_model_len=self.model.config.max_position_embeddings,
                 eos_token_ids=self.eos_token_ids,
                 choose=self.sampling.Sampler(params, len(prompt_ids)),
                 on_text=on_text,
             )
+
+    def complete_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling_params: dict[str, Any],
+        max_tokens: int,
+    ) -> list[Any]:
+        """Continue several prompts, together where the lab for it is on; errors as in `complete`.
+
+        Returns their completions in the order of the prompts.
+        """
+        if self.batching is None:
+            return [self.complete(ids, sampling_params, max_tokens) for ids in prompts]
+        for ids in prompts:
+            self._check_ids(ids)
+        params = self.sampling.SamplingParams(**sampling_params)
+        with self.blame:
+            num_rows = min(NUM_ROWS, len(prompts))
+            batcher = self.batching.ContinuousBatcher(self.model, num_rows, TOKEN_BUDGET)
+            for number, ids in enumerate(prompts):
+                request = self.batching.Request(str(number), ids, max_tokens, self.eos_token_ids)
+                batcher.add(request, self.sampling.Sampler(params, len(ids)))
+            ended = self.batching.run(batcher)
+            completions = [ended[str(number)] for number in range(len(prompts))]
+            return [
+                self.generating.Completion(token_ids, self._decode(token_ids), finish_reason)
+                for token_ids, finish_reason in completions
+            ]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _check_ids(self, prompt_ids: Sequence[int]) -> None:
         vocab_size = self.model.config.vocab_size
@@ -117,7 +152,11 @@ def assemble(
         }
         model = labs["week1/qwen"].load_model(folder, getattr(torch, dtype))
         next_logits = _next_logits(labs, model)
-    modules = labs["week1/generate"], labs["week1/sampling"]
+    modules = (
+        labs["week1/generate"],
+        labs["week1/sampling"],
+        labs.get("week2/continuous_batching"),
+    )
     return Engine(sources, model, tokenizer, eos_token_ids, next_logits, *modules, blame)
 
 

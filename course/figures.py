@@ -325,11 +325,14 @@ def block_table() -> Figure:
 def mixed_batch() -> Figure:
     """Schedule four requests under a budget of eight tokens a step; hatched where they decode."""
     budget = 8
-    steps = _schedule({"A": (0, 6), "B": (1, 14), "C": (2, 5), "D": (4, 9)}, budget, num_new=4)
+    prompts = {"A": (0, 6), "B": (1, 14), "C": (2, 5), "D": (4, 9)}
+    steps = _schedule({name: (*of, 4) for name, of in prompts.items()}, budget, len(prompts))
     figure, ax = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     for step, parts in enumerate(steps):
         bottom = 0
-        for name, count, decodes in parts:
+        for part in parts:
+            name, count = part.request_id, len(part.token_ids)
+            decodes = part.num_computed_tokens >= prompts[name][1]
             ax.bar(
                 step,
                 count,
@@ -349,30 +352,52 @@ def mixed_batch() -> Figure:
     return figure
 
 
-def _schedule(
-    requests: dict[str, tuple[int, int]], budget: int, num_new: int
-) -> list[list[tuple[str, int, bool]]]:
-    """List for each step who computes how many tokens, and whether that is decoding.
+def rows_taken() -> Figure:
+    """Run eight requests through four rows, in two static batches and continuously."""
+    lengths = dict(zip("ABCDEFGH", (3, 12, 5, 4, 6, 3, 10, 5), strict=True))
+    names = list(lengths)
+    batches = names[:4], names[4:]
+    # A static batch begins when the one before has ended; all of its requests are there by then.
+    start = max(lengths[name] for name in batches[0])
+    ways = {
+        "static batches: A to D, then E to H": {
+            name: (start * number, 1, lengths[name])
+            for number, batch in enumerate(batches)
+            for name in batch
+        },
+        "continuous": {name: (0, 1, lengths[name]) for name in names},
+    }
+    figure, axes = pyplot.subplots(2, 1, figsize=(6.4, 4), layout="constrained", sharex=True)
+    for ax, (title, requests) in zip(axes, ways.items(), strict=True):
+        for step, parts in enumerate(_schedule(requests, budget=8, num_rows=4)):
+            for part in parts:
+                colour = COLOURS[names.index(part.request_id) % 4]
+                _cell(ax, step, part.row, part.request_id, colour, "white")
+        ax.set_title(title, fontsize=11, loc="left")
+        ax.set(xlim=(-0.6, 22.6), ylim=(3.6, -0.6), ylabel="row")
+        ax.set_yticks(range(4))
+    axes[1].set(xlabel="step")
+    return figure
 
-    requests: name → the step in which it arrives, and its prompt's tokens. Running ones come first.
+
+def _schedule(
+    requests: dict[str, tuple[int, int, int]], budget: int, num_rows: int
+) -> list[list[Any]]:
+    """Plan by the reference; returns the parts of each step.
+
+    requests: name → the step in which it arrives, its prompt's tokens, and how many come out.
     """
-    # The last new token is chosen, and never goes through the model itself.
-    goals = {name: prompt + num_new - 1 for name, (_, prompt) in requests.items()}
-    computed = dict.fromkeys(requests, 0)
-    steps: list[list[tuple[str, int, bool]]] = []
-    while computed != goals:
-        parts, left = [], budget
-        arrived = [name for name, (step, _) in requests.items() if step <= len(steps)]
-        for name in sorted(arrived, key=lambda name: computed[name] == 0):
-            prompt = requests[name][1]
-            decodes = computed[name] >= prompt
-            missing = 1 if decodes else prompt - computed[name]
-            count = min(missing, left, goals[name] - computed[name])
-            if count:
-                parts.append((name, count, decodes))
-                computed[name] += count
-                left -= count
-        steps.append(parts)
+    from week2.continuous_batching import Request, Scheduler
+
+    scheduler = Scheduler(num_rows, budget, max_model_len=1000)
+    waiting = dict(requests)
+    steps: list[list[Any]] = []
+    while waiting or scheduler.num_unfinished:
+        for name in [name for name, (arrival, _, _) in waiting.items() if arrival <= len(steps)]:
+            _, num_tokens, num_new = waiting.pop(name)
+            scheduler.add(Request(name, [0] * num_tokens, num_new))
+        steps.append(scheduler.schedule())
+        scheduler.update({part.request_id: 0 for part in steps[-1] if part.catches_up})
     return steps
 
 
@@ -388,6 +413,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "online_softmax": online_softmax,
     "block_table": block_table,
     "mixed_batch": mixed_batch,
+    "rows_taken": rows_taken,
 }
 
 

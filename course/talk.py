@@ -55,12 +55,16 @@ class Conversation:
 
     def complete(self, prompt_ids: list[int], on_text: Callable[[str], None] | None) -> Any:
         """Answer one prompt; returns a Completion. Raises ValueError for one that is refused."""
-        context = self.engine.model.config.max_position_embeddings
-        if not 0 < len(prompt_ids) < context:
-            raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens; this model takes 1 to {context - 1}"
-            )
+        self._check_length(prompt_ids)
         return self._surviving_crashes(lambda: self._complete(prompt_ids, on_text))
+
+    def complete_all(self, prompts: list[list[int]]) -> list[Any]:
+        """Answer several prompts, together where the engine can; as `complete` does it for one."""
+        for prompt_ids in prompts:
+            self._check_length(prompt_ids)
+        return self._surviving_crashes(
+            lambda: self.engine.complete_all(prompts, self._params(), self.request.max_tokens)
+        )
 
     def speed(self, prompt_ids: list[int]) -> str:
         """Say how fast the latest answer was, and how fast week 1 alone answers the same prompt."""
@@ -77,6 +81,13 @@ class Conversation:
     def table(self) -> str:
         """Say whose lab is whose, and why a started one does not run."""
         return "\n".join([sources_table(self.engine.sources), *self.remarks])
+
+    def _check_length(self, prompt_ids: list[int]) -> None:
+        context = self.engine.model.config.max_position_embeddings
+        if not 0 < len(prompt_ids) < context:
+            raise ValueError(
+                f"the prompt has {len(prompt_ids)} tokens; this model takes 1 to {context - 1}"
+            )
 
     def _params(self) -> dict[str, Any]:
         request = self.request
@@ -157,14 +168,17 @@ def _answer(conversation: Conversation, messages: list[dict], text: str) -> list
     start = time.perf_counter()
     completion = conversation.complete(prompt_ids, lambda piece: print(piece, end="", flush=True))
     seconds = time.perf_counter() - start
-    print(f"\n  ({_closing(completion, conversation.request, seconds)})")
+    print(f"\n  ({_closing(completion, conversation.request, f' in {seconds:.1f} s')})")
     if conversation.request.show_speed:
         print(conversation.speed(prompt_ids))
     return [*messages, {"role": "assistant", "content": completion.text}]
 
 
-def generate(request: Request, prompt: str, as_json: bool) -> int:
-    """Continue a text; with as_json, print one JSON object and nothing else on standard output."""
+def generate(request: Request, prompts: list[str], as_json: bool) -> int:
+    """Continue texts; with as_json, print one JSON object and nothing else on standard output."""
+    if len(prompts) > 1:
+        return _generate_all(request, prompts, as_json)
+    (prompt,) = prompts
     try:
         conversation = Conversation(request)
         prompt_ids = conversation.tokenizer.encode(prompt)
@@ -178,29 +192,60 @@ def generate(request: Request, prompt: str, as_json: bool) -> int:
     except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
         return _refuse(error)
     if as_json:
-        print(json.dumps(_report(conversation, prompt_ids, completion, seconds)))
+        report = _of_completion(prompt_ids, completion) | _of_run(conversation, seconds)
+        print(json.dumps(report))
     else:
-        print(f"\n  ({_closing(completion, request, seconds)})")
+        print(f"\n  ({_closing(completion, request, f' in {seconds:.1f} s')})")
         if request.show_speed:
             print(conversation.speed(prompt_ids))
     return 0
 
 
-def _closing(completion: Any, request: Request, seconds: float) -> str:
+def _generate_all(request: Request, prompts: list[str], as_json: bool) -> int:
+    """Continue several texts. Their answers come when the last one has ended."""
+    try:
+        conversation = Conversation(request)
+        ids = [conversation.tokenizer.encode(prompt) for prompt in prompts]
+        if not as_json:
+            print(conversation.table())
+        start = time.perf_counter()
+        completions = conversation.complete_all(ids)
+        seconds = time.perf_counter() - start
+    except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
+        return _refuse(error)
+    if as_json:
+        reports = [_of_completion(*pair) for pair in zip(ids, completions, strict=True)]
+        print(json.dumps({"completions": reports} | _of_run(conversation, seconds)))
+        return 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        print(f"\n{prompt}{completion.text}\n  ({_closing(completion, request)})")
+    if request.show_speed:
+        num_tokens = sum(len(completion.token_ids) for completion in completions)
+        rate = f"{num_tokens / seconds:.1f} tokens/s over all"
+        print(f"\n  {len(prompts)} prompts, {num_tokens} tokens in {seconds:.1f} s: {rate}")
+    return 0
+
+
+def _closing(completion: Any, request: Request, duration: str = "") -> str:
     num_tokens = len(completion.token_ids)
-    text = f"{num_tokens} tokens in {seconds:.1f} s"
+    text = f"{num_tokens} tokens{duration}"
     if completion.finish_reason == "length":
         reached = num_tokens == request.max_tokens
         text += f"; cut at {f'--max-tokens {num_tokens}' if reached else 'the end of the context'}"
     return text
 
 
-def _report(conversation: Conversation, prompt_ids: list[int], completion: Any, seconds: float):
+def _of_completion(prompt_ids: list[int], completion: Any) -> dict[str, Any]:
     return {
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "prompt_tokens": len(prompt_ids),
+    }
+
+
+def _of_run(conversation: Conversation, seconds: float) -> dict[str, Any]:
+    return {
         "seconds": round(seconds, 3),
         "labs": {lab.name: source for lab, source in conversation.engine.sources.items()},
     }

@@ -18,6 +18,7 @@ NUM_TESTS = {
     "week1/sampling": 303,
     "week2/kv_cache": 265,
     "week2/roofline": 289,
+    "week2/continuous_batching": 241,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,
