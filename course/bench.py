@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -60,8 +61,7 @@ def bench(lab: Lab, num_runs: int, as_json: bool) -> int:
     """Time a lab and name its medal; returns 1 when it is not green. Raises ValueError."""
     thresholds = mutants.medal(lab)
     if not thresholds:
-        others = ", ".join(other.name for other in all_labs() if mutants.medal(other))
-        raise ValueError(f"{lab.name} has no medal: speed is not its point; {others} has one")
+        raise ValueError(_no_medal(lab))
     if num_runs < 1:
         raise ValueError(f"--runs must be at least 1, got {num_runs}")
     grades = status.grade_all()
@@ -103,8 +103,19 @@ def measure_machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
     return Machine(name, 2 * size**3 / multiplying, 2 * source.nbytes / copying)
 
 
+def _no_medal(lab: Lab) -> str:
+    if _benchmark(lab).is_file():
+        return f"{lab.name} has no medal; to measure: python -m benchmarks.{lab.module}"
+    others = ", ".join(other.name for other in all_labs() if mutants.medal(other))
+    return f"{lab.name} has no medal: speed is not its point; {others} has one"
+
+
+def _benchmark(lab: Lab) -> Path:
+    return ROOT / "benchmarks" / f"{lab.name}.py"
+
+
 def _workload(lab: Lab, yours: set[Lab]) -> Workload:
-    path = ROOT / "benchmarks" / f"{lab.name}.py"
+    path = _benchmark(lab)
     spec = importlib.util.spec_from_file_location(f"benchmarks.{lab.module}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -94,3 +94,10 @@ def test_refusals_are_one_sentence(tree, words, sentence):
     result = tree.run("course", "bench", *words)
     assert result.returncode == 2
     assert result.stdout == f"course: {sentence}\n"
+
+
+def test_a_lab_with_a_benchmark_and_no_medal_says_how_to_measure(tree):
+    tree.write("benchmarks/week1/rope.py", "")
+    result = tree.run("course", "bench", "week1/rope")
+    sentence = "course: week1/rope has no medal; to measure: python -m benchmarks.week1.rope\n"
+    assert (result.returncode, result.stdout) == (2, sentence)

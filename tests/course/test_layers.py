@@ -19,6 +19,7 @@ NUM_TESTS = {
     "week2/kv_cache": 265,
     "week2/roofline": 289,
     "week2/continuous_batching": 241,
+    "week2/cuda_graphs": 183,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,
