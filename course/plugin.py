@@ -377,7 +377,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
         )
     for (name, text), verdicts in whole_lab.items():
         line = text or _unwritten_line(name, verdicts)
-        terminalreporter.write_line(f"{line} ({len(verdicts)} tests)")
+        count = f"{len(verdicts)} test{'s' * (len(verdicts) != 1)}"
+        terminalreporter.write_line(f"{line} ({count})")
     return result
 
 

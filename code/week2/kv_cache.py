@@ -64,7 +64,8 @@ class KVCache:
 
         Afterwards capacity is at least num_tokens, and at most max(16, 2 * num_tokens) where it had
         to grow. What is stored stays, nothing ever shrinks, and new room holds zeros. While a
-        sequence grows to n tokens, one a step, what is stored moves at most 2 * log2(n) times.
+        sequence grows to n tokens, one a step, what is stored moves at most 2 * log2(n) times; the
+        first room of all is no move.
         """
         raise NotImplementedError(
             "week2/kv_cache.py: KVCache.reserve is not written yet → sessions/week2/kv_cache.md"
@@ -157,7 +158,8 @@ def cached_attend(
     num_new_tokens: row → how many tokens of it the pass computes, at least 1; they follow those
         that the row has already. The cache has room for them.
     prefill: called in the place of `prefill_attention`, for each row with several new tokens.
-    decode: called in the place of `decode_attention`, for the rows with one.
+    decode: called in the place of `decode_attention`, for the rows with one, alone or together;
+        the token that has just been stored counts in num_tokens.
     The returned function takes the tokens of all rows flat, row after row in the order of
     num_new_tokens: q (num_heads, tokens, head_dim), k and v (num_kv_heads, tokens, head_dim). It
     stores k and v at their rows and positions, and returns (num_heads, tokens, head_dim), in which
@@ -182,7 +184,8 @@ def extend(
     make_attend: called once, in the place of `cached_attend`, for the pass's `Attend`.
     Returns (len(new_tokens), vocab_size) float32 without a gradient: the scores of what follows
     each row's last id, in the order of new_tokens. num_computed_tokens has grown by what was
-    computed; where the model itself raises, it has not, and the call may be repeated.
+    computed. Where the model itself raises, num_computed_tokens is as before, so that the call may
+    be repeated.
     The model runs once, over exactly these ids, none of them padded. Before, room is made with
     `reserve` for as many tokens as the longest of these rows will have.
     Raises ValueError, with nothing changed, when there is no row, when a row is unknown or gets no

@@ -898,7 +898,7 @@ def test_extend_in_half_precision(dtype):
     check_equal(part.dtype, dtype, "the dtype of what is stored", of=served.of)
 
 
-def test_extend_moves_what_is_stored_rarely():
+def test_extend_moves_memory_rarely():
     served = Served(2, limit=100)
     moves = Moves(served.cache, 2)
     for num_tokens in range(1, 71):
