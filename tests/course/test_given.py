@@ -592,6 +592,70 @@ def test_a_cache_fits_its_model(reference, dtype):
     assert reference(fitted_cache, dtype) == ([shape, shape], dtype, [0, 0, 0], num_bytes)
 
 
+def fused_and_not(raw: dict, dtype: torch.dtype) -> dict:
+    """Run a model with random weights before `fuse` and behind it, on a batch of sequences."""
+    from week1.gqa import causal_attend
+    from week1.qwen import Qwen, QwenConfig
+    from week2.fused_kernels import fuse
+
+    torch.manual_seed(0)
+    model = Qwen(QwenConfig.from_dict(raw | {"rms_norm_eps": 1e-2})).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    positions = torch.arange(5) + torch.tensor([[0], [20]])
+
+    def facts() -> tuple[list, list]:
+        with torch.no_grad():
+            hidden = model(ids, positions, causal_attend)
+        return hidden.float().tolist(), [name for name, _ in model.named_parameters()]
+
+    before = facts()
+    fuse(model)
+    try:
+        model(ids, positions + 40960, causal_attend)
+    except ValueError as error:
+        return {"before": before, "after": facts(), "outside": str(error)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("raw", [OLD_STYLE, NEW_STYLE, LLAMA], ids=lambda raw: raw["model_type"])
+def test_a_fused_model_on_a_cpu_gives_the_same_numbers(reference, raw, dtype):
+    facts = reference(fused_and_not, raw, dtype)
+    assert facts["after"] == facts["before"]
+    assert "position" in facts["outside"]
+
+
+def fuse_what_is_not_all_week_1() -> dict:
+    from week1.qwen import Qwen, QwenConfig
+    from week2.fused_kernels import FusedMLP, fuse
+
+    config = QwenConfig.from_dict(OLD_STYLE)
+    model = Qwen(config, mlp=lambda config, index: torch.nn.Identity())
+    fuse(model)
+    names = [type(layer.mlp).__name__ for layer in model.layers]
+    other = Qwen(config)
+    other.layers[1] = torch.nn.Identity()
+    before = list(other.modules())
+    try:
+        fuse(other)
+    except ValueError as error:
+        message = str(error)
+    unchanged = all(a is b for a, b in zip(before, other.modules(), strict=True))
+    decided = [
+        FusedMLP(Qwen(config).layers[0].mlp, use).runs_kernels(torch.ones(1))
+        for use in (None, True, False)
+    ]
+    return {"names": names, "message": message, "unchanged": unchanged, "decided": decided}
+
+
+def test_fusing_what_is_not_week_1s(reference):
+    facts = reference(fuse_what_is_not_all_week_1)
+    assert facts["names"] == ["Identity", "Identity"]
+    assert "layer 1 is a Identity" in facts["message"] and facts["unchanged"]
+    assert facts["decided"] == [False, True, False]
+
+
 def make_hardware(*numbers: float) -> tuple[float, float]:
     from week2.roofline import Hardware
 

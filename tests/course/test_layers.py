@@ -20,6 +20,7 @@ NUM_TESTS = {
     "week2/roofline": 289,
     "week2/continuous_batching": 241,
     "week2/cuda_graphs": 183,
+    "week2/fused_kernels": 232,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,
