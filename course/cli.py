@@ -141,6 +141,12 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="a checkpoint folder, or a name on the hub")
     parser.add_argument("--engine", choices=ENGINES, default="hybrid", help="whose labs are used")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--quantization", choices=("int8", "int4"), help="round the weights of the layers"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where the model runs; a GPU if there is one"
+    )
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
@@ -201,6 +207,8 @@ def _request(options: argparse.Namespace):
         model=options.model,
         engine=options.engine,
         dtype=options.dtype,
+        quantization=options.quantization,
+        device=options.device,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         top_p=options.top_p,

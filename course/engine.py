@@ -14,10 +14,20 @@ from typing import Any
 from course import grading, layers
 from course.labs import WEEKS, Lab, week_labs
 
-YOURS, REFERENCE, OFF = "yours", "reference", "off"
+YOURS, REFERENCE, OFF, NO_GPU = "yours", "reference", "off", "no GPU"
 ALWAYS_ON = "week1"
 # Labs of later weeks that the engine can run; the others are used beside it.
-LATER_PARTS = ("week2/kv_cache", "week2/continuous_batching")
+LATER_PARTS = (
+    "week2/kv_cache",
+    "week2/quantization",
+    "week2/fused_kernels",
+    "week2/flash_attention",
+    "week2/flash_decoding",
+    "week2/continuous_batching",
+)
+QUANTIZATION = "week2/quantization"
+# On a CPU nothing but Triton's interpreter could run them.
+GPU_PARTS = ("week2/fused_kernels", "week2/flash_attention", "week2/flash_decoding")
 # Of prompts that run together: how many at once, and how many tokens they compute in one step.
 NUM_ROWS = 32
 TOKEN_BUDGET = 256
@@ -39,8 +49,9 @@ class LabCrashed(Exception):
 class Engine:
     """A loaded model, and the labs that run it.
 
-    sources: every lab that takes part, "yours", "reference" or "off". next_logits: maps all ids so
-    far to the scores of the next one. batching: the lab that runs prompts together; None when off.
+    sources: every lab that takes part, "yours", "reference", "off" or "no GPU". next_logits: maps
+    all ids so far to the scores of the next one. make_attend: what passes over a cache attend by,
+    None without one. batching: the lab that runs prompts together; None when off.
     """
 
     sources: dict[Lab, str]
@@ -48,6 +59,7 @@ class Engine:
     tokenizer: Any
     eos_token_ids: frozenset[int]
     next_logits: Callable[[Sequence[int]], Any]
+    make_attend: Callable | None
     generating: ModuleType
     sampling: ModuleType
     batching: ModuleType | None
@@ -89,17 +101,22 @@ class Engine:
 
         Returns their completions in the order of the prompts.
         """
-        if self.batching is None:
+        if self.batching is None or self.make_attend is None:
             return [self.complete(ids, sampling_params, max_tokens) for ids in prompts]
         for ids in prompts:
             self._check_ids(ids)
         params = self.sampling.SamplingParams(**sampling_params)
         with self.blame:
             num_rows = min(NUM_ROWS, len(prompts))
-            batcher = self.batching.ContinuousBatcher(self.model, num_rows, TOKEN_BUDGET)
+            batcher = self.batching.ContinuousBatcher(
+                self.model, num_rows, TOKEN_BUDGET, self.make_attend
+            )
             for number, ids in enumerate(prompts):
                 request = self.batching.Request(str(number), ids, max_tokens, self.eos_token_ids)
-                batcher.add(request, self.sampling.Sampler(params, len(ids)))
+                choose = self.sampling.Sampler(params, len(ids))
+                batcher.add(
+                    request, lambda scores, known, choose=choose: choose(scores.cpu(), known)
+                )
             ended = self.batching.run(batcher)
             completions = [ended[str(number)] for number in range(len(prompts))]
             return [
@@ -122,6 +139,11 @@ def takes_part(lab: Lab) -> bool:
     return lab.week == ALWAYS_ON or lab.name in LATER_PARTS
 
 
+def is_on(source: str) -> bool:
+    """Say whether a lab with this source runs."""
+    return source in (YOURS, REFERENCE)
+
+
 def assemble(
     yours: Iterable[Lab],
     folder: Path,
@@ -129,41 +151,87 @@ def assemble(
     tokenizer: Any,
     eos_token_ids: frozenset[int],
     switched_on: Iterable[Lab] = (),
+    quantization: str | None = None,
+    device: str = "cpu",
 ) -> Engine:
     """Put an engine together and load the checkpoint folder into it.
 
     yours: the labs to take from code/. dtype: "float32" or "bfloat16". switched_on: the labs of
     later weeks that run as the reference. Every other lab is the reference in week 1, and off in
-    later weeks. Raises LabCrashed for an error in a learner's file, ValueError for a bad
-    checkpoint.
+    later weeks. quantization: "int8" or "int4"; with None, the lab of that name is off. device:
+    "cpu", on which kernels do not run, or "cuda". Raises LabCrashed for an error in a learner's
+    file, ValueError for a bad checkpoint, and when the lab that quantizes is not switched on.
     """
     import torch
 
     chosen = set(yours)
-    parts = [lab for lab in week_labs() if takes_part(lab)]
-    referenced = {lab for lab in parts if lab.week == ALWAYS_ON} | set(switched_on)
-    sources = {
-        lab: YOURS if lab in chosen else REFERENCE if lab in referenced else OFF for lab in parts
-    }
+    sources = _sources(chosen, set(switched_on), quantization, device)
     blame = _Blame(sources, _activate(chosen))
     with blame:
         labs = {
-            lab.name: grading.import_lab(lab) for lab, source in sources.items() if source != OFF
+            lab.name: grading.import_lab(lab) for lab, source in sources.items() if is_on(source)
         }
-        model = labs["week1/qwen"].load_model(folder, getattr(torch, dtype))
-        next_logits = _next_logits(labs, model)
+        model = labs["week1/qwen"].load_model(folder, getattr(torch, dtype), device)
+        if "week2/fused_kernels" in labs:
+            labs["week2/fused_kernels"].fuse(model)
+        if quantization is not None:
+            labs[QUANTIZATION].quantize_model(model, quantization)
+        make_attend = _make_attend(labs)
+        next_logits = _next_logits(labs, model, make_attend)
     modules = (
         labs["week1/generate"],
         labs["week1/sampling"],
         labs.get("week2/continuous_batching"),
     )
-    return Engine(sources, model, tokenizer, eos_token_ids, next_logits, *modules, blame)
+    return Engine(
+        sources, model, tokenizer, eos_token_ids, next_logits, make_attend, *modules, blame
+    )
 
 
-def _next_logits(labs: Mapping[str, ModuleType], model: Any) -> Callable[[Sequence[int]], Any]:
-    if "week2/kv_cache" in labs:
-        return labs["week2/kv_cache"].CachedLogits(model)
-    return functools.partial(labs["week1/generate"].next_token_logits, model)
+def _sources(
+    yours: set[Lab], switched_on: set[Lab], quantization: str | None, device: str
+) -> dict[Lab, str]:
+    parts = {lab.name: lab for lab in week_labs() if takes_part(lab)}
+    referenced = {lab for lab in parts.values() if lab.week == ALWAYS_ON} | switched_on
+    sources = {
+        lab: YOURS if lab in yours else REFERENCE if lab in referenced else OFF
+        for lab in parts.values()
+    }
+    if device == "cpu":
+        sources |= dict.fromkeys((parts[name] for name in GPU_PARTS), NO_GPU)
+    quantizing = parts[QUANTIZATION]
+    if quantization is None:
+        sources[quantizing] = OFF
+    elif sources[quantizing] == OFF:
+        raise ValueError(
+            f"--quantization {quantization} needs {QUANTIZATION}: pass its suite "
+            f"(pytest {quantizing.path}), or write its name into progress/reference.txt, or ask "
+            "for --engine solutions"
+        )
+    return sources
+
+
+def _make_attend(labs: Mapping[str, ModuleType]) -> Callable | None:
+    """Make what the passes over a cache attend by; None without a cache."""
+    if "week2/kv_cache" not in labs:
+        return None
+    kernels = {}
+    if "week2/flash_attention" in labs:
+        kernels["prefill"] = labs["week2/flash_attention"].flash_prefill
+    if "week2/flash_decoding" in labs:
+        kernels["decode"] = labs["week2/flash_decoding"].decode
+    return functools.partial(labs["week2/kv_cache"].cached_attend, **kernels)
+
+
+def _next_logits(
+    labs: Mapping[str, ModuleType], model: Any, make_attend: Callable | None
+) -> Callable[[Sequence[int]], Any]:
+    if make_attend is not None:
+        score = labs["week2/kv_cache"].CachedLogits(model, make_attend)
+    else:
+        score = functools.partial(labs["week1/generate"].next_token_logits, model)
+    # Week 1's sampling draws on the host.
+    return lambda token_ids: score(token_ids).cpu()
 
 
 def _activate(yours: set[Lab]) -> list[Path]:

@@ -9,7 +9,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # The order in which labs are meant to be done; later ones import earlier ones, never the reverse.
 WEEKS: dict[str, tuple[str, ...]] = {
     "week1": ("attention", "rope", "gqa", "mlp", "qwen", "generate", "sampling"),
-    "week2": ("kv_cache", "roofline", "fused_kernels", "cuda_graphs", "continuous_batching"),
+    "week2": (
+        "kv_cache",
+        "roofline",
+        "quantization",
+        "fused_kernels",
+        "cuda_graphs",
+        "continuous_batching",
+    ),
 }
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.
 DRILLS: dict[str, tuple[str, ...]] = {

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from course.engine import OFF, Engine
+from course.engine import Engine
 
 
 class Stopwatch:
@@ -37,9 +37,11 @@ class Stopwatch:
 
     def _bytes_of_a_token(self) -> float:
         """Bytes that a later step has to read: all weights, and the keys and values in a cache."""
-        model, sources = self.engine.model, self.engine.sources
+        model = self.engine.model
         num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        if any(lab.name == "week2/kv_cache" and source != OFF for lab, source in sources.items()):
+        # A quantized weight is no parameter, and its module says how large it is.
+        num_bytes += sum(getattr(module, "nbytes", 0) for module in model.modules())
+        if self.engine.make_attend is not None:
             config, itemsize = model.config, model.embed_tokens.weight.itemsize
             per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
             later = [known for _, known in self._steps[1:]]

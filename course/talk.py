@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from course import models, progress, status, stubs, tracker
-from course.engine import ALWAYS_ON, OFF, Engine, LabCrashed, assemble, takes_part
+from course.engine import ALWAYS_ON, Engine, LabCrashed, assemble, is_on, takes_part
 from course.grading import LabUnusable
 from course.labs import Lab, week_labs
 from course.speed import Stopwatch
 
-LABS_PER_LINE = 4
+TABLE_WIDTH = 84
 # Enough for a rate, and no long wait for the second answer of --show-speed.
 MAX_TOKENS_WITHOUT_LATER_WEEKS = 16
 
@@ -23,13 +23,16 @@ class Request:
     """What the command line asks of the engine.
 
     model: a folder, a hub name, or None for the default. engine: "hybrid", "solutions" or "code".
-    dtype: "float32" or "bfloat16". show_speed: say how fast each answer was, and how fast it is
-    without the labs of later weeks. Raises ValueError for max_tokens below 1.
+    dtype: "float32" or "bfloat16". quantization: "int8", "int4" or None. device: "cpu" or "cuda";
+    None means a GPU where there is one. show_speed: say how fast each answer was, and how fast it
+    is without the labs of later weeks. Raises ValueError for max_tokens below 1.
     """
 
     model: str | None = None
     engine: str = "hybrid"
     dtype: str = "float32"
+    quantization: str | None = None
+    device: str | None = None
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
@@ -46,6 +49,7 @@ class Conversation:
 
     def __init__(self, request: Request):
         self.request = request
+        self._device = _device(request.device)
         folder = models.resolve_model(request.model, report=_tell)
         tokenizer = models.load_tokenizer(folder)
         self._parts = (folder, request.dtype, tokenizer, models.eos_token_ids(folder, tokenizer))
@@ -70,9 +74,9 @@ class Conversation:
         """Say how fast the latest answer was, and how fast week 1 alone answers the same prompt."""
         lines = [self._stopwatch.report()]
         sources = self.engine.sources.items()
-        if any(lab.week != ALWAYS_ON and source != OFF for lab, source in sources):
+        if any(lab.week != ALWAYS_ON and is_on(source) for lab, source in sources):
             first_week = {lab for lab in self._yours if lab.week == ALWAYS_ON}
-            plain = Stopwatch(assemble(first_week, *self._parts))
+            plain = Stopwatch(assemble(first_week, *self._parts, device=self._device))
             max_tokens = min(self.request.max_tokens, MAX_TOKENS_WITHOUT_LATER_WEEKS)
             plain.engine.complete(prompt_ids, self._params(), max_tokens)
             lines.append(f"with week 1 alone: {plain.report()}")
@@ -103,7 +107,8 @@ class Conversation:
         return timed.complete(prompt_ids, self._params(), self.request.max_tokens, on_text)
 
     def _assemble(self) -> Engine:
-        return assemble(self._yours, *self._parts, self._switched_on)
+        quantization = self.request.quantization
+        return assemble(self._yours, *self._parts, self._switched_on, quantization, self._device)
 
     def _surviving_crashes(self, action: Callable[[], Any]) -> Any:
         while True:
@@ -251,6 +256,14 @@ def _of_run(conversation: Conversation, seconds: float) -> dict[str, Any]:
     }
 
 
+def _device(name: str | None) -> str:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs an NVIDIA GPU, and torch sees none here")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _chosen_labs(engine: str) -> tuple[set[Lab], set[Lab], list[str]]:
     """Choose whose labs the engine runs.
 
@@ -279,10 +292,16 @@ def _instead(lab: Lab) -> str:
 
 
 def sources_table(sources: dict[Lab, str]) -> str:
-    """Say in a few lines whose lab is whose."""
-    cells = [f"{lab.stem:<10} {source:<10}" for lab, source in sources.items()]
-    rows = [cells[i : i + LABS_PER_LINE] for i in range(0, len(cells), LABS_PER_LINE)]
-    return "\n".join("".join(row).rstrip() for row in rows)
+    """Say in a few lines whose lab is whose, every week in columns of its own."""
+    lines = []
+    for week in dict.fromkeys(lab.week for lab in sources):
+        of_week = {lab.stem: source for lab, source in sources.items() if lab.week == week}
+        width = max(map(len, of_week))
+        cells = [f"{stem:<{width}} {source:<10}" for stem, source in of_week.items()]
+        per_line = TABLE_WIDTH // len(cells[0])
+        rows = [cells[i : i + per_line] for i in range(0, len(cells), per_line)]
+        lines += ["".join(row).rstrip() for row in rows]
+    return "\n".join(lines)
 
 
 def _refuse(error: Exception) -> int:

@@ -186,6 +186,43 @@ def test_a_lab_of_a_later_week_is_switched_on_by_asking(tree, model, way):
     assert after["token_ids"] == before["token_ids"]
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_are_quantized_on_demand(tree, model, kind):
+    _, exact = generate(tree, model, "--engine", "solutions")
+    assert exact["labs"]["week2/quantization"] == "off"
+    result, rounded = generate(tree, model, "--engine", "solutions", "--quantization", kind)
+    assert result.returncode == 0, result.stdout
+    assert rounded["labs"]["week2/quantization"] == "reference"
+    assert len(rounded["token_ids"]) > 0
+    tree.write("progress/reference.txt", "week2/quantization\n")
+    _, same = generate(tree, model, "--quantization", kind)
+    assert same["labs"]["week2/quantization"] == "reference"
+
+
+def test_quantizing_without_its_lab_says_what_to_do(tree, model):
+    result, _ = generate(tree, model, "--quantization", "int4")
+    assert result.returncode == 2
+    (line,) = result.stdout.strip().splitlines()
+    for mention in ("--quantization int4", "code/week2/quantization.py", "reference.txt"):
+        assert mention in line
+    tree.write("progress/reference.txt", "week1\n")
+    tree.solve("week2/quantization")
+    lab = "code/week2/quantization.py"
+    tree.write(lab, tree.read(lab) + "\n# mine\n")
+    _, report = generate(tree, model, "--quantization", "int4")
+    assert report["labs"]["week2/quantization"] == "yours"
+    result, _ = generate(tree, model, "--quantization", "int2")
+    assert result.returncode == 2 and "int8" in result.stdout
+
+
+def test_quantized_weights_are_counted_in_the_bytes_of_a_token(tree, model):
+    words = ("course", "chat", "--model", model, "--prompt", "Hi", "--max-tokens", "5")
+    chat = tree.run(*words, "--show-speed", "--engine", "solutions", "--quantization", "int8")
+    assert chat.returncode == 0, chat.stdout
+    assert "quantization reference" in chat.stdout
+    assert chat.stdout.count("tokens/s, which read") == 2
+
+
 def test_speed_is_shown_with_and_without_later_weeks(tree, model):
     words = ("course", "chat", "--model", model, "--prompt", "Hi", "--max-tokens", "5")
     plain = tree.run(*words, "--show-speed").stdout

@@ -21,6 +21,7 @@ NUM_TESTS = {
     "week2/continuous_batching": 241,
     "week2/cuda_graphs": 183,
     "week2/fused_kernels": 232,
+    "week2/quantization": 219,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,
