@@ -22,6 +22,7 @@ NUM_TESTS = {
     "week2/cuda_graphs": 183,
     "week2/fused_kernels": 232,
     "week2/quantization": 219,
+    "week2/flash_decoding": 208,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,
