@@ -14,6 +14,7 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "roofline",
         "quantization",
         "fused_kernels",
+        "flash_attention",
         "flash_decoding",
         "cuda_graphs",
         "continuous_batching",
