@@ -14,6 +14,7 @@ from course.labs import Lab, week_labs
 from course.speed import Stopwatch
 
 TABLE_WIDTH = 84
+MIN_STEM_WIDTH = 10
 # Enough for a rate, and no long wait for the second answer of --show-speed.
 MAX_TOKENS_WITHOUT_LATER_WEEKS = 16
 
@@ -296,7 +297,7 @@ def sources_table(sources: dict[Lab, str]) -> str:
     lines = []
     for week in dict.fromkeys(lab.week for lab in sources):
         of_week = {lab.stem: source for lab, source in sources.items() if lab.week == week}
-        width = max(map(len, of_week))
+        width = max(MIN_STEM_WIDTH, *map(len, of_week))
         cells = [f"{stem:<{width}} {source:<10}" for stem, source in of_week.items()]
         per_line = TABLE_WIDTH // len(cells[0])
         rows = [cells[i : i + per_line] for i in range(0, len(cells), per_line)]
