@@ -23,6 +23,7 @@ WEEKS: dict[str, tuple[str, ...]] = {
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.
 DRILLS: dict[str, tuple[str, ...]] = {
     "basic": ("ring_buffer", "free_list", "lru_cache", "hash_chain", "priority_queue"),
+    "advanced": ("first_kernel",),
 }
 # Every folder of labs, with its labs.
 GROUPS = {**WEEKS, **DRILLS}

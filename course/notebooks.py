@@ -143,7 +143,13 @@ def candidate(lab: Lab, task: str, submission: str) -> str:
 
 del {task}
 _submitted = {{k: v for k, v in globals().items() if k[0] != "_" or k[:2] == "__"}}
-exec(compile({own!r}, __file__, "exec"), _submitted)
+import linecache as _linecache, os as _os
+# Triton reads a kernel's source by file and line, and these lines are in no file: another way to
+# write this file's path is kept for them.
+_cell = _os.path.join(_os.path.dirname(__file__), ".", _os.path.basename(__file__))
+_own = {own!r}
+_linecache.cache[_cell] = len(_own), None, _own.splitlines(True), _cell
+exec(compile(_own, _cell, "exec"), _submitted)
 {task} = _submitted[{task!r}]
 """
 

@@ -16,6 +16,7 @@ from course.status import Grade
 
 FREE, RING = Lab("basic", "free_list"), Lab("basic", "ring_buffer")
 DRILL_LABS = [lab for lab in all_labs() if lab.is_drill]
+BASIC = [lab for lab in DRILL_LABS if lab.week == "basic"]
 
 
 def imported(lab: Lab) -> set[str]:
@@ -23,7 +24,7 @@ def imported(lab: Lab) -> set[str]:
     return {name.partition(".")[0] for name in layers.imported_modules(tree)}
 
 
-def test_drills_need_python_alone():
+def test_drills_on_data_structures_need_python_alone():
     program = (
         "import importlib, sys\n"
         "sys.modules['torch'] = sys.modules['numpy'] = None\n"
@@ -31,11 +32,16 @@ def test_drills_need_python_alone():
         "    importlib.import_module(name)\n"
     )
     words = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, sys.argv[1])\n{program}"]
-    words += [str(ROOT / "solutions"), *(lab.module for lab in DRILL_LABS)]
+    words += [str(ROOT / "solutions"), *(lab.module for lab in BASIC)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for lab in DRILL_LABS:
+    for lab in BASIC:
         assert imported(lab) <= sys.stdlib_module_names
+
+
+def test_no_drill_is_built_on_a_lab_of_a_week():
+    for lab in DRILL_LABS:
+        assert not imported(lab) & WEEKS.keys(), lab.name
 
 
 def test_no_lab_of_a_week_is_built_on_a_drill():
@@ -48,7 +54,8 @@ def test_paths_name_the_learners_file():
     assert Lab("week1", "rope").path == "code/week1/rope.py"
     for text in ("free_list", "basic/free_list", FREE.path, "solutions/basic/free_list.py"):
         assert find_labs(text) == [FREE]
-    assert find_labs("basic") == find_labs("exercises/basic") == DRILL_LABS
+    assert find_labs("basic") == find_labs("exercises/basic") == BASIC
+    assert find_labs("exercises/advanced") == [Lab("advanced", "first_kernel")]
 
 
 SUITE = str(ROOT / "tests" / "basic" / "test_free_list.py")
@@ -57,7 +64,7 @@ SUITE = str(ROOT / "tests" / "basic" / "test_free_list.py")
 @pytest.mark.parametrize(
     ("args", "cwd", "tree", "suites"),
     [
-        (["exercises"], ".", "code", [str(ROOT / "tests/basic")]),
+        (["exercises"], ".", "code", [str(ROOT / "tests" / group) for group in DRILLS]),
         (["exercises/basic"], ".", "code", [str(ROOT / "tests/basic")]),
         (["exercises/basic/free_list.py"], ".", "code", [SUITE]),
         (["exercises/basic/free_list.py::test_x"], ".", "code", [f"{SUITE}::test_x"]),
@@ -101,7 +108,7 @@ def test_a_drill_is_graded_from_exercises(tree):
     assert "exercises/basic/free_list.py, line" in result.stdout
     assert "course hint basic/free_list" in result.stdout
     assert "Traceback" not in result.stdout
-    grades = tree.grades("exercises", "--reference", "basic/lru_cache")
+    grades = tree.grades("exercises/basic", "--reference", "basic/lru_cache")
     assert grades[RING.name]["passed"] == grades[RING.name]["collected"]
     assert grades[FREE.name]["failed"] and not grades["basic/hash_chain"]["passed"]
     assert grades["basic/lru_cache"]["skipped"] == grades["basic/lru_cache"]["collected"]
@@ -148,7 +155,7 @@ def test_status_counts_drills_apart(tree):
     assert (grades[RING.name]["state"], grades[FREE.name]["state"]) == ("green", "started")
     tracker = tree.read("progress/tracker.md")
     assert of_weeks in tracker.split("## Week 1")[0] and "## Drills: basic" in tracker
-    assert f"1 of {len(DRILL_LABS)} drills are green" in tracker.split("## Drills: basic")[1]
+    assert f"1 of {len(BASIC)} drills are green" in tracker.split("## Drills: basic")[1]
     assert "basic/" not in tree.read("progress/achievement_log.md")
     assert not (tree.root / "progress/milestone_checkpoints").exists()
 

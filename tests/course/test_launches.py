@@ -169,6 +169,19 @@ def test_launches_are_noted(kernels):
     assert kernels.add(torch.ones(5), torch.ones(5)).tolist() == [2.0] * 5
 
 
+def test_programs_are_counted(kernels):
+    x = torch.ones(10)
+
+    def by_a_function():
+        out = torch.empty(10)
+        kernels._add[lambda named: (-(-named["n"] // named["BLOCK"]), 2)](x, x, out, 10, BLOCK=4)
+
+    assert launches.count_programs(lambda: kernels.add(x, x)) == 3
+    assert launches.count_programs(by_a_function) == 6
+    assert launches.count_programs(lambda: kernels.add(x[:0], x[:0])) == 0
+    assert launches.count_programs(lambda: x + x) == 0
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

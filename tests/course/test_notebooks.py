@@ -327,6 +327,51 @@ def test_a_candidates_line_numbers_are_the_cells():
     assert caught.traceback[-1].lineno + 1 == 6
 
 
+ADD_CELL = """# What a learner may write above the kernel moves its lines.
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _plus(x_ptr, y_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    total = tl.load(x_ptr + offsets, mask=mask) + tl.load(y_ptr + offsets, mask=mask)
+    tl.store(out_ptr + offsets, total, mask=mask)
+
+
+def add(x, y):
+    if x.dim() != 1 or (x.shape, x.dtype, x.device) != (y.shape, y.dtype, y.device):
+        raise ValueError(f"{x.shape}, {x.dtype}, {x.device}; {y.shape}, {y.dtype}, {y.device}")
+    if not (x.is_contiguous() and y.is_contiguous()):
+        raise ValueError(f"strides {x.stride(0)} and {y.stride(0)}")
+    out = torch.empty_like(x)
+    _plus[(triton.cdiv(x.numel(), 512),)](x, y, out, x.numel(), 512)
+    return out
+"""
+
+
+def test_a_kernel_of_a_cell_is_read_and_graded(capsys):
+    pytest.importorskip("triton")
+    notebooks.check("advanced/first_kernel", "add", [ADD_CELL])
+    assert capsys.readouterr().out == "add: every test passes\n"
+    wrong = ADD_CELL.replace("total, mask=mask)", "total)")
+    with pytest.raises(notebooks.NotRight, match=r"writes .* outside of its tensors"):
+        notebooks.check("advanced/first_kernel", "add", [wrong])
+
+
+def test_a_cells_line_is_shown_and_no_line_of_the_reference():
+    pytest.importorskip("triton")
+    broken = ADD_CELL.replace("    mask = offsets < size\n", "    mask = offsets < no_such_size\n")
+    with pytest.raises(notebooks.NotRight) as caught:
+        notebooks.check("advanced/first_kernel", "add", [broken])
+    line = 1 + broken[: broken.index("no_such_size")].count("\n")
+    said = " ".join(str(caught.value).split())
+    assert f"advanced/first_kernel.py, line {line}, in _plus" in said
+    assert "mask = offsets < no_such_size" in said
+
+
 def test_the_word_writes_one_notebook_for_each_lab(tmp_path, capsys):
     assert notebooks.write(find_labs("rope"), tmp_path) == 0
     assert capsys.readouterr().out.endswith("week1-rope/rope.ipynb: written\n")

@@ -23,6 +23,10 @@ SECTIONS = (
 )
 
 
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
 @LABS
 def test_shape(lab):
     text = lab.note.read_text(encoding="utf-8")
@@ -41,8 +45,7 @@ def test_shape(lab):
 
 @LABS
 def test_nothing_is_taken_for_a_tag_of_html(lab):
-    text = lab.note.read_text(encoding="utf-8").split("---\n", 2)[2]
-    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    text = without_code(lab.note.read_text(encoding="utf-8").split("---\n", 2)[2])
     assert set(re.findall(r"<(/?\w+)", text)) <= {"details", "/details", "summary", "/summary"}
 
 
@@ -163,7 +166,8 @@ def test_tolerances(tolerance, truth, inside, outside):
 @pytest.mark.parametrize("week", GROUPS)
 def test_links_lead_somewhere(week):
     for page in [ROOT / "README.md", *sorted((ROOT / "sessions" / week).glob("*.md"))]:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        text = without_code(page.read_text(encoding="utf-8"))
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
