@@ -228,7 +228,7 @@ def _explain() -> None:
             _say("The active environment lacks packages that the course needs; it is left alone.")
         _say("Setting up the course. This happens once: a Python environment is made in .venv.")
         # du -sh .venv with the CPU build of torch 2.13.0, and with the one for CUDA 13.
-        _say("It takes about 1.2 GB of disk, or 5 GB on Linux, where PyTorch brings CUDA along.")
+        _say("It takes about 2 GB of disk, or 5 GB on Linux, where PyTorch brings CUDA along.")
     _say("You may stop it at any time; the next run goes on. Full log: .course/install.log")
 
 
