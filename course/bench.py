@@ -107,7 +107,7 @@ def _no_medal(lab: Lab) -> str:
     if _benchmark(lab).is_file():
         return f"{lab.name} has no medal; to measure: python -m benchmarks.{lab.module}"
     others = ", ".join(other.name for other in all_labs() if mutants.medal(other))
-    return f"{lab.name} has no medal: speed is not its point; {others} has one"
+    return f"{lab.name} has no medal: speed is not its point; there is one for {others}"
 
 
 def _benchmark(lab: Lab) -> Path:

@@ -67,7 +67,9 @@ def kernels(labs: Sequence[Lab], tree: str) -> int:
     """
     named = [lab for lab in labs if _calls_file(lab) is None]
     if named:
-        raise ValueError(f"{named[0].name} has no kernels; {_names(labs_with_kernels())} has some")
+        raise ValueError(
+            f"{named[0].name} has no kernels; these have: {_names(labs_with_kernels())}"
+        )
     if importlib.util.find_spec("triton") is None:
         print("course: kernels need Triton, which runs on Linux, or in WSL on Windows")
         return 1
