@@ -146,10 +146,6 @@ def _load(lab: Lab) -> ModuleType:
     return module
 
 
-def _names(labs: Sequence[Lab]) -> str:
-    return ", ".join(lab.name for lab in labs)
-
-
 class _OfflineDriver:
     """The part of Triton's driver that compiling asks for, for a GPU that is not there."""
 
