@@ -67,9 +67,8 @@ def kernels(labs: Sequence[Lab], tree: str) -> int:
     """
     named = [lab for lab in labs if _calls_file(lab) is None]
     if named:
-        raise ValueError(
-            f"{named[0].name} has no kernels; these have: {_names(labs_with_kernels())}"
-        )
+        others = ", ".join(lab.name for lab in labs_with_kernels())
+        raise ValueError(f"{named[0].name} has no kernels; these have: {others}")
     if importlib.util.find_spec("triton") is None:
         print("course: kernels need Triton, which runs on Linux, or in WSL on Windows")
         return 1
