@@ -19,7 +19,8 @@ since.
   statement changed; caught of all, and how many of the rest behave like the reference, each named
   with its reason in `tests/weekN/misconceptions/LAB.toml`.
 - **accepted**: other right solutions that pass.
-- **recognised**: misconceptions that the failure message names, and no other.
+- **recognised**: misconceptions that the failure message names, and no other; “not measured yet”
+  where `course mutants LAB --diagnose` has not run so far.
 - **seconds**: of the hunt on the machine that measured, which tells little about yours.
 """
 _COLUMNS = (
@@ -50,15 +51,21 @@ def write_report() -> int:
 def stale(lab: Lab) -> list[str]:
     """Say which measurements of a lab no longer speak of its files."""
     results = mutants.read_results(lab.week).get(lab.name, {})
+    diagnosis = results.get("diagnosis")
     problems = []
     if results.get("digest") != mutants.digest(lab):
         problems.append(f"{lab.name} has changed since the hunt: run `course mutants {lab.name}`")
-    elif results["diagnosis"].get("digest") != mutants.diagnosis_digest(lab):
+    elif diagnosis and diagnosis["digest"] != mutants.diagnosis_digest(lab):
         problems.append(
             f"{lab.name} or the diagnosis has changed since it was measured: "
             f"run `course mutants {lab.name} --diagnose`"
         )
     return problems
+
+
+def is_unmeasured(results: dict) -> bool:
+    """Say whether nobody has measured yet what a lab's failures are taken for."""
+    return not results["diagnosis"]
 
 
 def page() -> str:
@@ -94,23 +101,26 @@ def with_examples(week: str) -> str:
 
 
 def _row(result: dict) -> dict[str, tuple[int, ...]]:
-    named = result["diagnosis"]["named"]
+    recognised = () if is_unmeasured(result) else (result["diagnosis"]["named"], result["listed"])
     return {
         "tests": (result["tests"],),
         "misconceptions": (result["listed_killed"], result["listed"]),
         "generated": (result["generated_killed"], result["generated"]),
         "equivalent": (len(result["survivors"]),),
         "accepted": (result["alternative"] - result["alternative_killed"], result["alternative"]),
-        "recognised": (named, result["listed"]),
+        "recognised": recognised,
         "seconds": (result["seconds"],),
     }
 
 
 def _total(rows: dict[str, dict], column: str) -> tuple[int, ...]:
-    return tuple(map(sum, zip(*(row[column] for row in rows.values()), strict=True)))
+    measured = [row[column] for row in rows.values() if row[column]]
+    return tuple(map(sum, zip(*measured, strict=True)))
 
 
 def _cell(numbers: tuple[int, ...]) -> str:
+    if not numbers:
+        return "not measured yet"
     if len(numbers) == 1:
         return f"{numbers[0]:,}"
     part, whole = numbers
