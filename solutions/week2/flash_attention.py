@@ -21,7 +21,7 @@ _LN_2 = tl.constexpr(math.log(2))
 # fits into registers. No tensor core multiplies float32 without rounding it.
 _BLOCKS = {
     2: (128, 64, {"num_warps": 8, "num_stages": 3}),
-    4: (32, 32, {"num_warps": 16, "num_stages": 1}),
+    4: (32, 32, {"num_warps": 16, "num_stages": 2}),
 }
 
 
