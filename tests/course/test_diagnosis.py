@@ -8,7 +8,7 @@ import torch
 
 from course import diagnosis, evidence, grading, layers, mutants
 from course.grading import Evidence, GradedFailure
-from course.labs import DRILLS, GROUPS, WEEKS, all_labs, find_labs
+from course.labs import DRILLS, GROUPS, all_labs, find_labs
 
 ROPE = "week1/rope"
 (LAB,) = find_labs(ROPE)
