@@ -1,6 +1,7 @@
 """`course test`: one command that proves references, stubs, graders and tools agree."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ MAX_WORKERS = 4
 
 def prove() -> int:
     """Run every proof; returns pytest's exit status, after its own summary as the last line."""
+    # A shell's background ignores Ctrl-C for all children, and some proofs send it to theirs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for title, command in (("style", ["ruff", "check"]), ("format", ["ruff", "format", "--check"])):
         print(f"{title}: {' '.join(command)}", flush=True)
         code = subprocess.run([sys.executable, "-m", *command, "."], cwd=ROOT).returncode
