@@ -45,7 +45,8 @@ def workload(yours: set[Lab]) -> Workload:
     config = theirs.config
     num_parameters = sum(p.numel() for p in theirs.parameters())
     num_tokens = len(PROMPT) + NUM_NEW - 1
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    head_dim = config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
     cached = sum(range(len(PROMPT), num_tokens + 1))
     return Workload(
         sides=sides,
