@@ -15,12 +15,12 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from course import models, mutants, progress, status
-from course.labs import ROOT, Lab, all_labs
+from course import grading, layers, models, mutants, progress, status
+from course.labs import ROOT, Lab, all_labs, find_labs
 
 MEDALS = ("gold", "silver", "bronze")
 YOURS = "yours"
@@ -69,7 +69,8 @@ def bench(lab: Lab, num_runs: int, as_json: bool) -> int:
         print(f"{lab.name} is not green: right before fast. Grade it: pytest {lab.path}")
         return 1
     try:
-        work = _workload(lab, {other for other, grade in grades.items() if grade.state == "green"})
+        yours = {other for other, grade in grades.items() if grade.state == "green"}
+        work = load_benchmark(lab).workload(yours)
     except models.ModelUnavailable as error:
         print(f"course: {error}")
         return 1
@@ -104,22 +105,30 @@ def measure_machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
 
 
 def _no_medal(lab: Lab) -> str:
-    if _benchmark(lab).is_file():
+    if lab.benchmark.is_file():
         return f"{lab.name} has no medal; to measure: python -m benchmarks.{lab.module}"
     others = ", ".join(other.name for other in all_labs() if mutants.medal(other))
     return f"{lab.name} has no medal: speed is not its point; there is one for {others}"
 
 
-def _benchmark(lab: Lab) -> Path:
-    return ROOT / "benchmarks" / f"{lab.name}.py"
-
-
-def _workload(lab: Lab, yours: set[Lab]) -> Workload:
-    path = _benchmark(lab)
-    spec = importlib.util.spec_from_file_location(f"benchmarks.{lab.module}", path)
+def load_benchmark(lab: Lab) -> ModuleType:
+    """Load what stands in benchmarks/ for a lab: its workload, or the calls of its kernels."""
+    name = f"benchmarks.{lab.module}"
+    spec = importlib.util.spec_from_file_location(name, lab.benchmark)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.workload(yours)
+    return module
+
+
+def import_for_gpu(yours: set[Lab], *names: str) -> list[ModuleType]:
+    """Import labs for a workload that needs a GPU: those in yours from code/, others the reference.
+
+    names: the lab that is measured first. Raises ValueError where there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(f"{names[0]} is measured on a GPU, and this machine has none")
+    grading.activate(layers.folders("solutions", {f"{lab.name}.py": lab.code for lab in yours}))
+    return [grading.import_lab(lab) for name in names for lab in find_labs(name)]
 
 
 def _time(work: Workload, num_runs: int) -> dict[str, list[float]]:

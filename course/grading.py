@@ -40,6 +40,7 @@ TOLERANCE = MappingProxyType(
         torch.bfloat16: 1.6e-2,
     }
 )
+WHERE_TRITON_RUNS = "Triton, which runs on Linux, or in WSL on Windows"
 # Bound before any lab is imported, so that no lab can put its own in the place of it.
 _torch_equal = torch.equal
 WIDTH = 78
@@ -100,6 +101,12 @@ class Session:
 
 
 session = Session()
+
+
+def activate(folders: Sequence[Path]) -> None:
+    """Let labs be imported from a layer, and from nowhere else; see `layers.folders`."""
+    layers.activate(folders)
+    session.folders = tuple(folders)
 
 
 def seed_everything() -> None:
@@ -222,7 +229,7 @@ def _import_problem(lab: Lab, error: BaseException) -> str:
         if isinstance(error, SystemExit):
             text = f"{place}: sys.exit is called while the file is imported"
         elif isinstance(error, ModuleNotFoundError) and error.name == "triton":
-            text = f"{own} needs Triton, which runs on Linux, or in WSL on Windows"
+            text = f"{own} needs {WHERE_TRITON_RUNS}"
         else:
             text = f"{place}: {type(error).__name__}: {error}"
     if where != own:

@@ -16,11 +16,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from course import grading, layers, stubs
-from course.labs import ROOT, Lab, all_labs
+from course.bench import load_benchmark
+from course.labs import Lab, all_labs
 
 # Compute capability → bytes of shared memory that one program may have (CUDA C++ Programming Guide,
 # table of technical specifications: 163 KiB on an A100, 227 KiB on an H100 or H200).
@@ -65,22 +65,22 @@ def kernels(labs: Sequence[Lab], tree: str) -> int:
     tree: "code" or "solutions". Returns 1 when one spills, does not fit or is refused. Raises
     ValueError when a named lab has no kernels.
     """
-    named = [lab for lab in labs if _calls_file(lab) is None]
-    if named:
-        others = ", ".join(lab.name for lab in labs_with_kernels())
-        raise ValueError(f"{named[0].name} has no kernels; these have: {others}")
+    known = labs_with_kernels()
+    without = [lab for lab in labs if lab not in known]
+    if without:
+        others = ", ".join(lab.name for lab in known)
+        raise ValueError(f"{without[0].name} has no kernels; these have: {others}")
     if importlib.util.find_spec("triton") is None:
-        print("course: kernels need Triton, which runs on Linux, or in WSL on Windows")
+        print(f"course: kernels need {grading.WHERE_TRITON_RUNS}")
         return 1
     # What was compiled once stays in the repository's own folder; fusing is what GPUs run with.
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_CACHE_DIR", str(layers.STATE / "triton"))
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    layers.activate(layers.folders(tree, {}))
     grading.session.tree = tree
-    grading.session.folders = tuple(layers.folders(tree, {}))
+    grading.activate(layers.folders(tree, {}))
     worst = 0
-    for lab in labs or labs_with_kernels():
+    for lab in labs or known:
         if tree == "code" and stubs.is_untouched(lab):
             print(f"{lab.name}: not written yet")
             continue
@@ -90,7 +90,8 @@ def kernels(labs: Sequence[Lab], tree: str) -> int:
 
 def labs_with_kernels() -> list[Lab]:
     """Return the labs whose kernels can be compiled here."""
-    return [lab for lab in all_labs() if _calls_file(lab) is not None]
+    files = {lab: lab.benchmark for lab in all_labs() if lab.benchmark.is_file()}
+    return [lab for lab, file in files.items() if "def kernel_calls(" in file.read_text("utf-8")]
 
 
 def compile_lab(lab: Lab) -> dict[str, list[Compiled]]:
@@ -98,7 +99,7 @@ def compile_lab(lab: Lab) -> dict[str, list[Compiled]]:
 
     The lab comes from the active layer. Raises LabUnusable when it cannot be imported.
     """
-    calls = _load(lab).kernel_calls
+    calls = load_benchmark(lab).kernel_calls
     compiled: dict[str, list[Compiled]] = {}
     for arch in SHARED_LIMITS:
         with _compiling(arch) as launches:
@@ -130,19 +131,6 @@ def _report(lab: Lab, compiled: dict[str, list[Compiled]]) -> int:
             line = f"    sm_{one.arch} {one.kernel:<28} {figures}  {one.options}"
             print(f"{line}\n      RED: {one.verdict}" if one.verdict else line)
     return worst
-
-
-def _calls_file(lab: Lab) -> Path | None:
-    path = ROOT / "benchmarks" / f"{lab.name}.py"
-    has_calls = path.is_file() and "def kernel_calls(" in path.read_text(encoding="utf-8")
-    return path if has_calls else None
-
-
-def _load(lab: Lab) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks.{lab.module}", _calls_file(lab))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class _OfflineDriver:

@@ -74,6 +74,10 @@ class Lab:
         return ROOT / "tests" / self.week / "misconceptions" / f"{self.stem}.toml"
 
     @property
+    def benchmark(self) -> Path:
+        return ROOT / "benchmarks" / self.week / f"{self.stem}.py"
+
+    @property
     def note(self) -> Path:
         return ROOT / "sessions" / self.week / f"{self.stem}.md"
 

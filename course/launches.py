@@ -270,9 +270,15 @@ def _program() -> int:
     return (x * height + y) * depth + z
 
 
+def _selected(values: Any, pointers: Any, mask: Any) -> np.ndarray:
+    """Return, of values that belong to pointers, those that the mask lets through."""
+    shape = np.shape(pointers.data)
+    chosen = np.broadcast_to(np.asarray(mask.data, dtype=bool), shape)
+    return np.broadcast_to(np.asarray(values.data), shape)[chosen]
+
+
 def _touched(pointers: Any, mask: Any, verb: str) -> np.ndarray:
-    selected = np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(pointers.data))
-    addresses = np.asarray(pointers.data)[selected]
+    addresses = _selected(pointers, pointers, mask)
     if _current is not None:
         itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         _current.check(addresses, itemsize, verb)
@@ -308,9 +314,7 @@ def _undefined(pointers: Any) -> Any:
 def _store(original, self, ptrs, value, mask, *rest, **named):
     addresses = _touched(ptrs, mask, "writes")
     if _current is not None:
-        selected = np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(ptrs.data))
-        values = np.broadcast_to(np.asarray(value.data), np.shape(ptrs.data))[selected]
-        _current.writes.append((_program(), addresses, values))
+        _current.writes.append((_program(), addresses, _selected(value, ptrs, mask)))
     return original(self, ptrs, value, mask, *rest, **named)
 
 

@@ -144,7 +144,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if lab and config.pluginmanager.hasplugin("timeout"):
             item.add_marker(pytest.mark.timeout(hard_limit, method="thread"))
         if lab and not _has_what_it_needs(lab):
-            reason = f"{lab.name} needs Triton, which runs on Linux, or in WSL on Windows"
+            reason = f"{lab.name} needs {grading.WHERE_TRITON_RUNS}"
             item.add_marker(pytest.mark.skip(reason=reason))
         if lab in referenced:
             reason = (

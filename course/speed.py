@@ -8,6 +8,12 @@ from typing import Any
 from course.engine import Engine
 
 
+def kv_bytes_per_token(config: Any, itemsize: int) -> int:
+    """Return the bytes of keys and values that a token leaves in a model. config: a QwenConfig."""
+    per_layer = 2 * config.num_key_value_heads * config.head_dim * itemsize
+    return config.num_hidden_layers * per_layer
+
+
 class Stopwatch:
     """An engine whose steps are timed: `engine` is the given one, to be used in its place."""
 
@@ -42,8 +48,7 @@ class Stopwatch:
         # A quantized weight is no parameter, and its module says how large it is.
         num_bytes += sum(getattr(module, "nbytes", 0) for module in model.modules())
         if self.engine.make_attend is not None:
-            config, itemsize = model.config, model.embed_tokens.weight.itemsize
-            per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+            per_token = kv_bytes_per_token(model.config, model.embed_tokens.weight.itemsize)
             later = [known for _, known in self._steps[1:]]
-            num_bytes += per_token * itemsize * sum(later) / len(later)
+            num_bytes += per_token * sum(later) / len(later)
         return num_bytes

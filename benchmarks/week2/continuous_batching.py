@@ -20,6 +20,7 @@ from course import models
 from course.bench import YOURS, Workload
 from course.engine import Engine, assemble, takes_part
 from course.labs import Lab
+from course.speed import kv_bytes_per_token
 
 NUM_ROWS = 8
 TOKEN_BUDGET = 128
@@ -40,13 +41,11 @@ def workload(yours: set[Lab]) -> Workload:
         "static batches": lambda: static(engine, kv_cache),
         f"yours, {NUM_REQUESTS} rows": lambda: continuous(engine, NUM_REQUESTS),
     }
-    config = engine.model.config
     num_parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     num_computed = sum(len(ids) + max_tokens - 1 for ids, max_tokens in nano_cpu())
     num_new = sum(max_tokens for _, max_tokens in nano_cpu())
     # Of each request, every decode reads all tokens that it has by then.
     num_read = sum(sum(range(len(ids) + 1, len(ids) + count)) for ids, count in nano_cpu())
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return Workload(
         sides=sides,
         against="static batches",
@@ -54,7 +53,8 @@ def workload(yours: set[Lab]) -> Workload:
         unit="tokens",
         flops=2.0 * num_parameters * num_computed,
         # A pass gives each row one token at most, and reads all weights once.
-        num_bytes=4.0 * (num_parameters * num_new / NUM_ROWS + per_token * num_read),
+        num_bytes=4.0 * num_parameters * num_new / NUM_ROWS
+        + kv_bytes_per_token(engine.model.config, 4) * num_read,
     )
 
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from course import grading, layers
-from course.bench import YOURS, Workload
-from course.labs import Lab, find_labs
+from course.bench import YOURS, Workload, import_for_gpu
+from course.labs import Lab
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_TOKENS = 32, 8, 128, 8192
 
@@ -33,14 +32,11 @@ def kernel_calls(lab: ModuleType) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def workload(yours: set[Lab]) -> Workload:
     """Build both sides. yours: the labs to take from code/; the rest is the reference."""
-    (lab,) = find_labs("week2/flash_attention")
-    if not torch.cuda.is_available():
-        raise ValueError(f"{lab.name} is measured on a GPU, and this machine has none")
+    (lab,) = import_for_gpu(yours, "week2/flash_attention")
     q, k, v = (_random(heads) for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS))
     ends = torch.tensor([0, NUM_TOKENS], dtype=torch.int32, device="cuda")
     group = NUM_HEADS // NUM_KV_HEADS
     theirs = [x[None] for x in (q, k.repeat_interleave(group, 0), v.repeat_interleave(group, 0))]
-    flash_attention = _import(lab, yours).flash_attention
 
     def run_theirs() -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -49,7 +45,7 @@ def workload(yours: set[Lab]) -> Workload:
     num_pairs = NUM_TOKENS * (NUM_TOKENS + 1) // 2
     return Workload(
         sides={
-            YOURS: lambda: flash_attention(q, k, v, ends, ends, NUM_TOKENS),
+            YOURS: lambda: lab.flash_attention(q, k, v, ends, ends, NUM_TOKENS),
             "SDPA, flash attention": run_theirs,
         },
         against="SDPA, flash attention",
@@ -68,10 +64,3 @@ def _random(num_heads: int) -> Tensor:
     """Draw what the projections of a model give: all heads of a token side by side."""
     x = torch.randn(NUM_TOKENS, num_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     return x.transpose(0, 1)
-
-
-def _import(lab: Lab, yours: set[Lab]) -> ModuleType:
-    folders = layers.folders("solutions", {f"{other.name}.py": other.code for other in yours})
-    layers.activate(folders)
-    grading.session.folders = tuple(folders)
-    return grading.import_lab(lab)

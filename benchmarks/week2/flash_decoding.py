@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from course import grading, layers
-from course.bench import YOURS, Workload
-from course.labs import Lab, find_labs
+from course import layers
+from course.bench import YOURS, Workload, import_for_gpu, measure_machine
+from course.labs import Lab
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 36, 32, 8, 128
 STEPS = ((1, 4096), (1, 8192), (32, 4096), (32, 8192))
@@ -43,20 +43,17 @@ def kernel_calls(lab: ModuleType) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def workload(yours: set[Lab]) -> Workload:
     """Build both sides, for one sequence. yours: the labs to take from code/."""
-    (lab,) = find_labs("week2/flash_decoding")
-    if not torch.cuda.is_available():
-        raise ValueError(f"{lab.name} is measured on a GPU, and this machine has none")
-    folders = layers.folders("solutions", {f"{other.name}.py": other.code for other in yours})
-    layers.activate(folders)
-    grading.session.folders = tuple(folders)
+    (lab,) = import_for_gpu(yours, "week2/flash_decoding")
     num_rows, num_tokens = 1, 8192
     return Workload(
-        sides=_sides(grading.import_lab(lab), num_rows, num_tokens),
+        sides=_sides(lab, num_rows, num_tokens),
         against="SDPA",
         count=1,
         unit="steps",
         flops=4.0 * NUM_LAYERS * num_rows * num_tokens * NUM_HEADS * HEAD_DIM,
         num_bytes=float(_num_layers(num_rows) * _layer_bytes(num_rows, num_tokens)),
+        device="cuda",
+        dtype=torch.bfloat16,
     )
 
 
@@ -74,7 +71,7 @@ def main() -> None:
     print(f"one layer of Qwen3-8B in bfloat16; {name} {processors} processors")
     print(f"{'rows':>5} {'tokens':>7} {'MB read':>8} {'programs':>9} {'splits':>7}", end="")
     print(f"{'us':>9} {'of copying':>11} {'x SDPA':>7}" if on_gpu else "")
-    bandwidth = _copy_bandwidth() if on_gpu else 0.0
+    bandwidth = measure_machine("cuda").bytes_per_second if on_gpu else 0.0
     for num_rows, num_tokens in STEPS:
         num_bytes, programs = _layer_bytes(num_rows, num_tokens), num_rows * NUM_KV_HEADS
         splits = lab.plan_splits(programs, num_tokens, processors)
@@ -126,12 +123,6 @@ def _captured(attend: Callable[[Tensor, Tensor], Tensor], caches: Tensor) -> Cal
             attend(*cache)
     # The graph knows addresses only: what lies there has to stay.
     return lambda kept=(attend, caches): graph.replay()
-
-
-def _copy_bandwidth() -> float:
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _seconds(lambda: target.copy_(source))
 
 
 def _seconds(run: Callable[[], object]) -> float:

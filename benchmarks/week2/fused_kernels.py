@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from course import grading, layers
-from course.bench import YOURS, Workload
-from course.labs import Lab, find_labs
+from course import layers
+from course.bench import YOURS, Workload, import_for_gpu
+from course.labs import Lab
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 4096, 32, 8, 128, 12_288
 EPS, NUM_POSITIONS = 1e-6, 4096
@@ -52,16 +52,7 @@ def kernel_calls(lab: ModuleType) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def workload(yours: set[Lab]) -> Workload:
     """Time the three operations of a layer, one after the other. yours: the labs from code/."""
-    if not torch.cuda.is_available():
-        raise ValueError("week2/fused_kernels is measured on a GPU, and this machine has none")
-    folders = layers.folders("solutions", {f"{lab.name}.py": lab.code for lab in yours})
-    layers.activate(folders)
-    grading.session.folders = tuple(folders)
-    lab, mlp, rope = (
-        grading.import_lab(found)
-        for name in ("week2/fused_kernels", "week1/mlp", "week1/rope")
-        for found in find_labs(name)
-    )
+    lab, mlp, rope = import_for_gpu(yours, "week2/fused_kernels", "week1/mlp", "week1/rope")
     given = _arguments(NUM_TIMED, rope, torch.bfloat16, "cuda")
     ours = [operation for _, operation in _fused(lab, *given)]
     theirs = [operation for _, operation in _eager(mlp, rope, *given)]

@@ -10,6 +10,7 @@ from course import models
 from course.bench import YOURS, Workload
 from course.engine import ALWAYS_ON, assemble
 from course.labs import Lab, find_labs
+from course.speed import kv_bytes_per_token
 
 # Ordinary ids of the vocabulary; what they say does not matter for the time.
 PROMPT = list(range(100, 356))
@@ -34,19 +35,17 @@ def workload(yours: set[Lab]) -> Workload:
             engine.next_logits([0])
             engine.complete(PROMPT, {"temperature": 0.0}, NUM_NEW)
 
-        return run
+        return run, engine.model.config
 
-    sides = {YOURS: side(first_week | {lab}), "no cache": side(first_week)}
+    (with_cache, config), (without, _) = side(first_week | {lab}), side(first_week)
+    sides = {YOURS: with_cache, "no cache": without}
     theirs = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.tensor([PROMPT])
     sides["transformers, its cache"] = lambda: theirs.generate(
         ids, max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0
     )
-    config = theirs.config
     num_parameters = sum(p.numel() for p in theirs.parameters())
     num_tokens = len(PROMPT) + NUM_NEW - 1
-    head_dim = config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
     cached = sum(range(len(PROMPT), num_tokens + 1))
     return Workload(
         sides=sides,
@@ -54,5 +53,5 @@ def workload(yours: set[Lab]) -> Workload:
         count=NUM_NEW,
         unit="tokens",
         flops=2.0 * num_parameters * num_tokens,
-        num_bytes=4.0 * (num_parameters * NUM_NEW + per_token * cached),
+        num_bytes=4.0 * num_parameters * NUM_NEW + kv_bytes_per_token(config, 4) * cached,
     )
