@@ -6,12 +6,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 from week3.engine import Delta, Engine, GenerationParams, StepFailed
 
-__all__ = ["AsyncEngine"]
+__all__ = ["RequestHandle", "AsyncEngine"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,75 +27,101 @@ class EngineFailed(Exception):
     """The model raised while it computed a request."""
 
 
-class AsyncEngine:
-    """An engine in a thread of its own, for callers of one or several event loops.
+class RequestHandle:
+    """What comes to one request: an asynchronous iterator of its deltas, up to the last one.
 
-    engine: nobody else calls it any more. max_waiting: how many requests may wait beside those that
-        run; more are refused.
-    The thread runs from `start` to `close`.
+    Made by `AsyncEngine.submit`, in the event loop in which it is iterated, once.
+    Iterating raises EngineFailed, and ends, when the model raised in one of the request's steps.
+    """
+
+    def __init__(self, abort: Callable[[], None]):
+        self._abort = abort
+        self._loop = asyncio.get_running_loop()
+        # None ends the iteration of somebody who waits while the request is aborted.
+        self._deltas: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+        self._ended = False
+
+    def abort(self) -> None:
+        """End the request, from its event loop; its blocks are free soon, iterating ends at once.
+
+        Nothing happens when it has ended already.
+        """
+        if not self._ended:
+            self._ended = True
+            self._deltas.put_nowait(None)
+            self._abort()
+
+    def __aiter__(self) -> "RequestHandle":
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._ended:
+            raise StopAsyncIteration
+        delta = await self._deltas.get()
+        if delta is None or self._ended:
+            raise StopAsyncIteration
+        if isinstance(delta, BaseException):
+            self._ended = True
+            raise EngineFailed("the model failed; the server's log says more") from delta
+        self._ended = delta.finish_reason is not None
+        return delta
+
+
+class AsyncEngine:
+    """An engine for coroutines of any event loops: they submit and listen, a thread steps.
+
+    engine: nobody else calls it from now on, apart from `check`. max_waiting: how many requests may
+        wait beside those that run; more are refused. It runs from `start` to `close`.
+    engine is kept under its name.
     """
 
     def __init__(self, engine: Engine, max_waiting: int = 256):
         self.engine = engine
         self._max_unfinished = engine.limits.max_num_seqs + max_waiting
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        # Guards what follows; the engine itself belongs to the thread.
+        # Guards all that follows; the engine itself belongs to the thread.
         self._changed = threading.Condition()
         self._commands: list[Callable[[], None]] = []
-        self._handles: dict[str, _Handle] = {}
+        self._handles: dict[str, RequestHandle] = {}
         self._closing = False
         self._deadline = math.inf
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def close(self, drain_seconds: float) -> None:
-        """Refuse new requests, let the others run for so long, abort the rest, end the thread."""
-        with self._changed:
-            self._closing = True
-            self._deadline = time.monotonic() + drain_seconds
-            self._changed.notify()
-        self._thread.join()
 
     @property
     def num_unfinished(self) -> int:
         """How many requests are there whose last delta is not out."""
         return len(self._handles)
 
-    async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], params: GenerationParams
-    ) -> AsyncIterator[Delta]:
-        """Yield what comes to a request, until its last delta.
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
-        Who stops iterating, for whatever reason, ends the request.
-        Raises, before the first delta: ValueError as `Engine.check` does and for an id that has not
-        ended, EngineBusy when too many wait, EngineClosed when no more are taken. Raises
-        EngineFailed when the model raised in one of its steps.
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self, drain_seconds: float) -> None:
+        """Refuse new requests, let the others run for so long, abort the rest, end the thread.
+
+        The last delta of an aborted one has the finish_reason "abort". Blocks until all is done;
+        called again, it does nothing.
+        """
+        with self._changed:
+            if not self._closing:
+                self._closing = True
+                self._deadline = time.monotonic() + drain_seconds
+            self._changed.notify()
+        self._thread.join()
+
+    def submit(
+        self, request_id: str, prompt_ids: Sequence[int], params: GenerationParams
+    ) -> RequestHandle:
+        """Let a request join; returns its handle, without waiting for anything.
+
+        Raises ValueError for what `Engine.check` refuses and for an id that has not ended;
+        EngineBusy when too many run or wait; EngineClosed when no more are taken.
         """
         self.engine.check(prompt_ids, params)
-        handle = _Handle(asyncio.get_running_loop(), asyncio.Queue())
-        self._submit(request_id, handle, prompt_ids, params)
-        ended = False
-        try:
-            while not ended:
-                delta = await handle.deltas.get()
-                if isinstance(delta, Exception):
-                    ended = True
-                    raise EngineFailed("the model failed; see the log of the server") from delta
-                ended = delta.finish_reason is not None
-                yield delta
-        finally:
-            if not ended:
-                self._abort(request_id)
-
-    def _submit(
-        self,
-        request_id: str,
-        handle: "_Handle",
-        prompt_ids: Sequence[int],
-        params: GenerationParams,
-    ) -> None:
         with self._changed:
             if self._closing:
                 raise EngineClosed("the engine takes no more requests")
@@ -104,9 +129,11 @@ class AsyncEngine:
                 raise ValueError(f"there is a request {request_id!r} already, and it has not ended")
             if len(self._handles) >= self._max_unfinished:
                 raise EngineBusy(f"{len(self._handles)} requests run or wait already")
+            handle = RequestHandle(lambda: self._abort(request_id))
             self._handles[request_id] = handle
             self._commands.append(lambda: self.engine.add(request_id, prompt_ids, params))
             self._changed.notify()
+        return handle
 
     def _abort(self, request_id: str) -> None:
         with self._changed:
@@ -119,15 +146,16 @@ class AsyncEngine:
             try:
                 self._deliver({delta.request_id: delta for delta in self.engine.step()})
             except StepFailed as failure:
-                logger.exception("a step failed; its requests end")
-                error = failure.__cause__
-                self._deliver(dict.fromkeys(failure.request_ids, error))
-        for request_id in list(self._handles):
+                logger.exception("a step failed, and its requests end")
+                self._deliver(dict.fromkeys(failure.request_ids, failure.__cause__))
+        left = list(self._handles)
+        for request_id in left:
             self.engine.abort(request_id)
-        self._deliver({name: Delta(name, "", (), "abort") for name in list(self._handles)})
+        self.engine.step()  # in which blocks of the aborted become free
+        self._deliver({request_id: Delta(request_id, "", (), "abort") for request_id in left})
 
     def _wait_for_work(self) -> bool:
-        """Carry out what was asked for; returns whether to do a step, False at the end."""
+        """Carry out what was asked for; returns False when there is nothing left to do, ever."""
         with self._changed:
             while not (self._commands or self._closing or self.engine.num_unfinished):
                 self._changed.wait()
@@ -136,30 +164,24 @@ class AsyncEngine:
             command()
         if not self._closing:
             return True
-        return bool(self.engine.num_unfinished) and time.monotonic() < self._deadline
+        return self.engine.num_unfinished > 0 and time.monotonic() < self._deadline
 
-    def _deliver(self, news: Mapping[str, "Delta | BaseException"]) -> None:
+    def _deliver(self, news: Mapping[str, Delta | BaseException]) -> None:
         """Hand out what came, with one call into each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list] = {}
         with self._changed:
             for request_id, delta in news.items():
                 handle = self._handles.get(request_id)
                 if handle is None:
-                    continue  # it has gone since
-                by_loop.setdefault(handle.loop, []).append((handle.deltas, delta))
+                    continue  # aborted since
+                by_loop.setdefault(handle._loop, []).append((handle._deltas, delta))
                 if not isinstance(delta, Delta) or delta.finish_reason is not None:
                     del self._handles[request_id]
         for loop, deltas in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody listens
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so that nobody listens
                 loop.call_soon_threadsafe(_put_all, deltas)
 
 
-@dataclass(frozen=True)
-class _Handle:
-    loop: asyncio.AbstractEventLoop
-    deltas: asyncio.Queue
-
-
-def _put_all(deltas: Sequence[tuple[asyncio.Queue, object]]) -> None:
+def _put_all(deltas: Sequence[tuple[asyncio.Queue, Delta | BaseException]]) -> None:
     for waiting, delta in deltas:
         waiting.put_nowait(delta)
