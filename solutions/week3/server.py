@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -23,117 +22,38 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from week3.async_engine import AsyncEngine, EngineBusy, EngineClosed, EngineFailed, RequestHandle
-from week3.engine import Delta, GenerationParams
+from week3.engine import Delta
 from week3.model_runner import Choice
+from week3.protocol import (
+    CHAT,
+    COMPLETION,
+    MAX_BODY_BYTES,
+    MAX_CHOICES,
+    AnswerKind,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RequestError,
+    TokenizeRequest,
+    error_body,
+    event,
+    params_of,
+    plain_message,
+    usage_of,
+)
 
-__all__ = ["params_of", "create_app"]
+__all__ = ["create_app"]
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 4 * 2**20
-MAX_CHOICES = 128
 RETRY_AFTER_SECONDS = 1
 VERSION = "0.1.0"
 # Paths that need no key: they tell nothing of anybody.
 OPEN_PATHS = ("/", "/health")
-
-TokenIds = list[Annotated[int, Field(ge=0)]]
-Text = Annotated[str, StringConstraints(max_length=MAX_BODY_BYTES)]
-
-
-class Strict(BaseModel):
-    """A JSON object in which unknown names, and values of other types, are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class StreamOptions(Strict):
-    """include_usage: one more chunk, before [DONE], tells the tokens of the whole request."""
-
-    include_usage: bool = False
-
-
-class Sampling(Strict):
-    """What completions and chat completions have in common, with OpenAI's defaults.
-
-    top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids and cache_salt are
-    vLLM's additions. user: OpenAI's name for whom the answer is for; it changes nothing.
-    """
-
-    model: str
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: TokenIds | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    logit_bias: dict[str, float] | None = None
-    cache_salt: str | None = None
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-
-
-class CompletionRequest(Sampling):
-    """The body of POST /v1/completions."""
-
-    prompt: Text | TokenIds | list[Text] | list[TokenIds]
-    logprobs: int | None = None
-
-
-class TextPart(Strict):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class Message(BaseModel):
-    """A message of a chat. Names beside role and content go to the chat template as they are."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
-
-
-class ChatRequest(Sampling):
-    """The body of POST /v1/chat/completions. tools: handed to the chat template."""
-
-    messages: list[Message] = Field(min_length=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    max_completion_tokens: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-
-
-class TokenizeRequest(Strict):
-    """The body of POST /tokenize."""
-
-    model: str | None = None
-    prompt: Text
-    add_special_tokens: bool = True
-
-
-class DetokenizeRequest(Strict):
-    """The body of POST /detokenize."""
-
-    model: str | None = None
-    tokens: TokenIds
 
 
 @dataclass(frozen=True)
@@ -148,14 +68,6 @@ class ServerParams:
     api_key: str | None = None
     max_body_bytes: int = MAX_BODY_BYTES
     page: str = ""
-
-
-class RequestError(Exception):
-    """A request that is refused. status: of HTTP. param: the name that is wrong, or None."""
-
-    def __init__(self, status: int, message: str, param: str | None = None):
-        super().__init__(message)
-        self.status, self.param = status, param
 
 
 class Metrics:
@@ -229,65 +141,6 @@ class Metrics:
             yield delta
 
 
-def params_of(
-    body: CompletionRequest | ChatRequest, num_prompt_tokens: int, max_model_len: int
-) -> GenerationParams:
-    """Translate a request's sampling parameters.
-
-    num_prompt_tokens: of its prompt. max_model_len: of the engine. What is not given has OpenAI's
-    default: temperature 1, and max_tokens 16 for a completion, the rest of the context for a chat.
-    top_k -1 is off, as in vLLM.
-    Raises RequestError 400, which names the parameter, for a value out of its range, for one that
-    is an int only in part, and for both max_tokens and max_completion_tokens.
-    """
-    given = body.model_dump(exclude_none=True, include=set(_PASSED_ON))
-    if given.get("top_k") == -1:
-        given["top_k"] = 0
-    for name in ("stop", "stop_token_ids"):
-        if name in given:
-            given[name] = tuple([given[name]] if isinstance(given[name], str) else given[name])
-    given["max_tokens"] = _max_tokens(body, num_prompt_tokens, max_model_len)
-    given["logprobs"] = _num_logprobs(body)
-    if body.logit_bias is not None:
-        given["logit_bias"] = _logit_bias(body.logit_bias)
-    try:
-        return GenerationParams(**given)
-    except ValueError as error:
-        raise RequestError(400, str(error), str(error).partition(" ")[0]) from None
-
-
-_PASSED_ON = (
-    *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("min_tokens", "ignore_eos", "cache_salt"),
-)
-
-
-def _max_tokens(body: CompletionRequest | ChatRequest, num_prompt_tokens: int, context: int) -> int:
-    if isinstance(body, CompletionRequest):
-        return 16 if body.max_tokens is None else body.max_tokens
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        text = "max_tokens and max_completion_tokens are the same thing; give one of them"
-        raise RequestError(400, text, "max_tokens")
-    named = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    return max(1, context - num_prompt_tokens) if named is None else named
-
-
-def _num_logprobs(body: CompletionRequest | ChatRequest) -> int | None:
-    if isinstance(body, CompletionRequest):
-        return body.logprobs
-    if body.top_logprobs is not None and not body.logprobs:
-        raise RequestError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
-    return (body.top_logprobs or 0) if body.logprobs else None
-
-
-def _logit_bias(given: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token_id): bias for token_id, bias in given.items()}
-    except ValueError:
-        raise RequestError(400, "logit_bias maps token ids to numbers", "logit_bias") from None
-
-
 def create_app(engine: AsyncEngine, tokenizer: Any, params: ServerParams) -> FastAPI:
     """Make the application; it starts the engine with itself, and closes it.
 
@@ -321,11 +174,11 @@ def create_app(engine: AsyncEngine, tokenizer: Any, params: ServerParams) -> Fas
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request):
-        return await state.answer(_COMPLETION, body, await state.prompts(body), request)
+        return await state.answer(COMPLETION, body, await state.prompts(body), request)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request):
-        return await state.answer(_CHAT, body, [await state.chat_prompt(body)], request)
+        return await state.answer(CHAT, body, [await state.chat_prompt(body)], request)
 
     @app.get("/v1/models")
     async def models():
@@ -368,45 +221,6 @@ def create_app(engine: AsyncEngine, tokenizer: Any, params: ServerParams) -> Fas
         return HTMLResponse(params.page)
 
     return app
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How the answers of one endpoint look.
-
-    part: (delta, logprobs or None) → the fields of a streamed choice. whole: (text, logprobs) →
-    those of a whole one. opening: the fields of the first chunk of each choice, or None.
-    """
-
-    name: str
-    chunk_name: str
-    id_prefix: str
-    part: Callable[[str, Any], dict[str, Any]]
-    whole: Callable[[str, Any], dict[str, Any]]
-    closing: dict[str, Any]
-    opening: dict[str, Any] | None = None
-
-
-_COMPLETION = _Kind(
-    "text_completion",
-    "text_completion",
-    "cmpl-",
-    part=lambda text, logprobs: {"text": text, "logprobs": logprobs},
-    whole=lambda text, logprobs: {"text": text, "logprobs": logprobs},
-    closing={"text": "", "logprobs": None},
-)
-_CHAT = _Kind(
-    "chat.completion",
-    "chat.completion.chunk",
-    "chatcmpl-",
-    part=lambda text, logprobs: {"delta": {"content": text}, "logprobs": logprobs},
-    whole=lambda text, logprobs: {
-        "message": {"role": "assistant", "content": text},
-        "logprobs": logprobs,
-    },
-    closing={"delta": {}, "logprobs": None},
-    opening={"delta": {"role": "assistant", "content": ""}, "logprobs": None},
-)
 
 
 class _Server:
@@ -454,7 +268,7 @@ class _Server:
 
     async def chat_prompt(self, body: ChatRequest) -> list[int]:
         self.check_model(body.model)
-        messages = [_plain(message) for message in body.messages]
+        messages = [plain_message(message) for message in body.messages]
         tools = None if body.tool_choice == "none" else body.tools
         try:
             text = await run_in_threadpool(
@@ -471,7 +285,7 @@ class _Server:
 
     async def answer(
         self,
-        kind: _Kind,
+        kind: AnswerKind,
         body: CompletionRequest | ChatRequest,
         prompts: Sequence[list[int]],
         request: Request,
@@ -527,7 +341,7 @@ class _Answer:
 
     def __init__(
         self,
-        kind: _Kind,
+        kind: AnswerKind,
         head: dict[str, Any],
         handles: Sequence[RequestHandle],
         prompts: Sequence[Sequence[int]],
@@ -536,8 +350,7 @@ class _Answer:
     ):
         self._kind, self._head = kind, head
         self._handles, self._metrics = handles, metrics
-        self._logprobs = _ChatLogprobs if kind is _CHAT else _CompletionLogprobs
-        self._writers = [self._logprobs(tokenizer) for _ in handles]
+        self._decode = tokenizer.decode
         self._num_prompt_tokens = sum(map(len, prompts))
         self._num_choices = [0] * len(handles)
         self._num_cached = [0] * len(handles)
@@ -547,10 +360,11 @@ class _Answer:
         """Write server-sent events, with one finish chunk for each choice."""
         kind, head = self._kind, {**self._head, "object": self._kind.chunk_name}
         usage = {"usage": None} if with_usage else {}
+        lengths = [0] * len(self._handles)
 
         def chunk(index: int, fields: dict[str, Any], finish_reason: str | None = None) -> str:
             choice = {"index": index, **fields, "finish_reason": finish_reason}
-            return _event({**head, "choices": [choice], **usage})
+            return event({**head, "choices": [choice], **usage})
 
         try:
             if kind.opening is not None:
@@ -559,15 +373,16 @@ class _Answer:
             async with contextlib.aclosing(self._deltas(receive)) as deltas:
                 async for index, delta in deltas:
                     if delta.text or delta.choices:
-                        logprobs = self._writers[index].write(delta.choices)
+                        logprobs = kind.logprobs(delta.choices, self._decode, lengths[index])
+                        lengths[index] += len(delta.text)
                         yield chunk(index, kind.part(delta.text, logprobs))
                     if delta.finish_reason is not None:
                         yield chunk(index, kind.closing, delta.finish_reason)
             if with_usage:
-                yield _event({**head, "choices": [], "usage": self._usage()})
+                yield event({**head, "choices": [], "usage": self._usage()})
             yield "data: [DONE]\n\n"
         except EngineFailed as error:
-            yield _event(_error(500, str(error), None))
+            yield event(error_body(500, str(error)))
 
     async def whole(self, receive: Callable) -> dict[str, Any]:
         """Wait for all choices, and write one object."""
@@ -585,7 +400,9 @@ class _Answer:
         parts = [
             {
                 "index": index,
-                **self._kind.whole(texts[index], self._writers[index].write(choices[index])),
+                **self._kind.whole(
+                    texts[index], self._kind.logprobs(choices[index], self._decode, 0)
+                ),
                 "finish_reason": reasons[index],
             }
             for index in range(len(self._handles))
@@ -634,63 +451,9 @@ class _Answer:
             handle.abort()
 
     def _usage(self) -> dict[str, Any]:
-        generated = sum(self._num_choices)
         # The choices of one prompt share it.
         cached = sum(self._num_cached[:: self._per_prompt])
-        return {
-            "prompt_tokens": self._num_prompt_tokens,
-            "completion_tokens": generated,
-            "total_tokens": self._num_prompt_tokens + generated,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
-
-
-class _CompletionLogprobs:
-    """Write the logprobs of one choice as /v1/completions has them; each token's place goes on."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer, self._offset = tokenizer, 0
-
-    def write(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
-        if not choices or choices[0].logprob is None:
-            return None
-        texts = [self._tokenizer.decode([choice.token_id]) for choice in choices]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
-        return {
-            "tokens": texts,
-            "token_logprobs": [choice.logprob for choice in choices],
-            "top_logprobs": [
-                {self._tokenizer.decode([token_id]): value for token_id, value in choice.top}
-                for choice in choices
-            ],
-            "text_offset": offsets,
-        }
-
-
-class _ChatLogprobs:
-    """Write the logprobs of one choice as /v1/chat/completions has them."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-
-    def write(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
-        if not choices or choices[0].logprob is None:
-            return None
-        content = [
-            {
-                **self._token(choice.token_id, choice.logprob),
-                "top_logprobs": [self._token(*pair) for pair in choice.top],
-            }
-            for choice in choices
-        ]
-        return {"content": content}
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._tokenizer.decode([token_id])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return usage_of(self._num_prompt_tokens, sum(self._num_choices), cached)
 
 
 class _Guard:
@@ -724,25 +487,9 @@ class _Guard:
         await self._app(scope, counted, send)
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    given = message.model_dump(exclude_none=True)
-    if isinstance(message.content, list):
-        given["content"] = "".join(part.text for part in message.content)
-    return given
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-def _error(status: int, message: str, param: str | None) -> dict[str, Any]:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
-
-
 def _error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 429 else None
-    return JSONResponse(_error(status, message, param), status, headers)
+    return JSONResponse(error_body(status, message, param), status, headers)
 
 
 async def _refuse(_: Request, error: RequestError) -> JSONResponse:
