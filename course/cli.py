@@ -168,6 +168,7 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-gb", type=float, metavar="GB", help="memory of the KV pool")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of one request")
     parser.add_argument("--max-num-seqs", type=int, default=32, metavar="N")
+    parser.add_argument("--max-waiting", type=int, default=256, metavar="N")
     parser.add_argument("--token-budget", type=int, default=512, metavar="N", help="of one step")
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens a block")
     parser.add_argument(

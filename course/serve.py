@@ -29,8 +29,9 @@ class Serving:
 
     model, engine, dtype, quantization, device: as in `talk.Request`. name: what clients call the
     model; None means its folder's name. kv_gb: 10**9 bytes of the KV pool, None means a share of
-    the memory that there is. trace: a file that gets a line for each step. The others as in
-    week3's EngineLimits and ServerParams; max_model_len None means the model's whole context.
+    the memory that there is. max_waiting: as in `AsyncEngine`. trace: a file that gets a line for
+    each step. The others as in week3's EngineLimits and ServerParams; max_model_len None means the
+    model's whole context.
     Raises ValueError for a number below 1.
     """
 
@@ -46,6 +47,7 @@ class Serving:
     kv_gb: float | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 32
+    max_waiting: int = 256
     token_budget: int = 512
     block_size: int = 16
     prefix_caching: bool = True
@@ -72,7 +74,8 @@ def serve(wanted: Serving) -> int:
         return talk.refuse(error)
     print(table)
     server = importlib.import_module("week3.server")
-    asynchronous = importlib.import_module("week3.async_engine").AsyncEngine(engine)
+    threaded = importlib.import_module("week3.async_engine")
+    asynchronous = threaded.AsyncEngine(engine, wanted.max_waiting)
     params = server.ServerParams(
         wanted.name or folder.name, wanted.api_key, page=PAGE.read_text(encoding="utf-8")
     )

@@ -119,7 +119,8 @@ class AsyncEngine:
         """Let a request join; returns its handle, without waiting for anything.
 
         Raises ValueError for what `Engine.check` refuses and for an id that has not ended;
-        EngineBusy when too many run or wait; EngineClosed when no more are taken.
+        EngineBusy when too many run or wait; EngineClosed when no more are taken: after `close`,
+        and when the engine has failed.
         """
         self.engine.check(prompt_ids, params)
         with self._changed:
@@ -142,12 +143,26 @@ class AsyncEngine:
                 self._changed.notify()
 
     def _run(self) -> None:
-        while self._wait_for_work():
-            try:
-                self._deliver({delta.request_id: delta for delta in self.engine.step()})
-            except StepFailed as failure:
-                logger.exception("a step failed, and its requests end")
-                self._deliver(dict.fromkeys(failure.request_ids, failure.__cause__))
+        try:
+            while self._wait_for_work():
+                self._step()
+            self._abort_all()
+        except Exception as error:
+            # Nobody may wait for a thread that is no more.
+            logger.exception("the engine has failed, and ends")
+            with self._changed:
+                self._closing = True
+                left = list(self._handles)
+            self._deliver(dict.fromkeys(left, error))
+
+    def _step(self) -> None:
+        try:
+            self._deliver({delta.request_id: delta for delta in self.engine.step()})
+        except StepFailed as failure:
+            logger.exception("a step failed, and its requests end")
+            self._deliver(dict.fromkeys(failure.request_ids, failure.__cause__))
+
+    def _abort_all(self) -> None:
         left = list(self._handles)
         for request_id in left:
             self.engine.abort(request_id)

@@ -191,7 +191,8 @@ class TextStream:
             return text, []
         count = 1 + bisect_left(self._held, self._num_shown, key=lambda held: held[0])
         out, self._held = self._held[:count], self._held[count:]
-        self._num_covered = out[-1][0]
+        # The last text of a stream may be bytes of a choice that is out already.
+        self._num_covered = out[-1][0] if out else self._num_shown
         return text, [choice for _, choice in out]
 
 
