@@ -149,6 +149,48 @@ def plan_pool(
     return num_blocks, min(wanted, num_blocks * block_size)
 
 
+def step_record(
+    number: int,
+    step: Step,
+    deltas: Sequence[Delta],
+    times: Sequence[float],
+    scheduler: Scheduler,
+    blocks: CachingBlockManager,
+) -> dict[str, Any]:
+    """Describe a step for a trace, in what JSON can hold.
+
+    number: how many steps came before it. times: of time.perf_counter, when it began, was planned,
+    was computed, and when all was taken in. The fields are explained in sessions/week3/trace.md.
+    """
+    start, planned, computed, end = times
+    return {
+        "step": number,
+        "time": start,
+        "schedule_s": planned - start,
+        "execute_s": computed - planned,
+        "update_s": end - computed,
+        "parts": [
+            {
+                "request_id": part.request_id,
+                "num_computed_tokens": part.num_computed_tokens,
+                "num_tokens": len(part.token_ids),
+                "catches_up": part.catches_up,
+                "block_table": list(blocks.block_table(part.request_id)),
+            }
+            for part in step.parts
+        ],
+        "preempted": list(step.preempted),
+        "finished": {d.request_id: d.finish_reason for d in deltas if d.finish_reason},
+        "num_waiting": scheduler.num_waiting,
+        "num_running": scheduler.num_running,
+        "num_free_blocks": blocks.num_free_blocks,
+        "num_cached_blocks": blocks.num_cached_blocks,
+        "num_prompt_tokens": scheduler.num_prompt_tokens,
+        "num_cached_tokens": scheduler.num_cached_tokens,
+        "num_preemptions": scheduler.num_preemptions,
+    }
+
+
 class TextStream:
     """Turn the tokens of one request into what may be shown of them.
 
@@ -201,9 +243,12 @@ class Engine:
 
     model, tokenizer: as loaded; the tokenizer is called for decoding only. eos_token_ids: what ends
         an answer. limits: how much it takes on. make_attend: as in `ModelRunner`.
-        on_step: called after each step with what `record` tells of it; None costs nothing.
+    on_step: called at the end of each step with its `step_record`; with None, none is made.
+    limits; blocks, the `CachingBlockManager`; and scheduler, the `Scheduler`, are kept under these
+    names, for whoever wants to know how full the engine is.
     For one thread only; `AsyncEngine` is for several.
-    Raises ValueError as `Scheduler` and `BlockManager` do, for limits that do not fit together.
+    Raises ValueError as `Scheduler` and `BlockManager` do, for limits that do not fit together, and
+    one that names both lengths when max_model_len exceeds the model's max_position_embeddings.
     """
 
     def __init__(
@@ -215,8 +260,13 @@ class Engine:
         make_attend: Callable[[PagedKVCache, PagedBatch], Attend] = paged_attend,
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ):
+        context = model.config.max_position_embeddings
+        if limits.max_model_len > context:
+            raise ValueError(
+                f"max_model_len {limits.max_model_len} exceeds the model's context of {context}"
+            )
         self.limits = limits
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._vocab_size = model.config.vocab_size
         self._tokenizer = tokenizer
         self._on_step = on_step
@@ -258,7 +308,7 @@ class Engine:
         its id has not ended.
         """
         self.check(prompt_ids, params)
-        ending = frozenset() if params.ignore_eos else self.eos_token_ids
+        ending = frozenset() if params.ignore_eos else self._eos_token_ids
         ending |= frozenset(params.stop_token_ids)
         self.scheduler.add(
             Request(request_id, prompt_ids, params.max_tokens, ending, params.cache_salt)
@@ -304,7 +354,9 @@ class Engine:
         deltas = [delta for delta in deltas if delta.text or delta.choices or delta.finish_reason]
         if self._on_step is not None:
             times = start, planned, computed, time.perf_counter()
-            self._on_step(self._record(step, deltas, times))
+            self._on_step(
+                step_record(self._num_steps, step, deltas, times, self.scheduler, self.blocks)
+            )
         self._num_steps += 1
         return deltas
 
@@ -332,37 +384,6 @@ class Engine:
             text, shown = text + piece, shown + certain
             self._forget(request_id)
         return Delta(request_id, text, tuple(shown), finish_reason, cached[request_id])
-
-    def _record(
-        self, step: Step, deltas: Sequence[Delta], times: Sequence[float]
-    ) -> dict[str, Any]:
-        """Describe a step for a trace; docs of the fields: sessions/week3/trace.md."""
-        start, planned, computed, done = times
-        return {
-            "step": self._num_steps,
-            "time": start,
-            "schedule_s": planned - start,
-            "execute_s": computed - planned,
-            "update_s": done - computed,
-            "parts": [
-                {
-                    "request_id": part.request_id,
-                    "num_computed_tokens": part.num_computed_tokens,
-                    "num_tokens": len(part.token_ids),
-                    "catches_up": part.catches_up,
-                    "block_table": list(self.blocks.block_table(part.request_id)),
-                }
-                for part in step.parts
-            ],
-            "preempted": list(step.preempted),
-            "finished": {d.request_id: d.finish_reason for d in deltas if d.finish_reason},
-            "num_waiting": self.scheduler.num_waiting,
-            "num_running": self.scheduler.num_running,
-            "num_free_blocks": self.blocks.num_free_blocks,
-            "num_cached_blocks": self.blocks.num_cached_blocks,
-            "num_prompt_tokens": self.scheduler.num_prompt_tokens,
-            "num_cached_tokens": self.scheduler.num_cached_tokens,
-        }
 
     def _forget(self, request_id: str) -> None:
         self._runner.remove(request_id)

@@ -248,6 +248,6 @@ def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 def _with_logprobs(token_id: int, logprobs: Tensor, num_logprobs: int | None) -> Choice:
     if num_logprobs is None:
         return Choice(token_id)
-    values, ids = logprobs.topk(num_logprobs)
+    values, ids = logprobs.topk(min(num_logprobs, len(logprobs)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return Choice(token_id, logprobs[token_id].item(), top)
