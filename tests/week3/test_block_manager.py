@@ -76,10 +76,9 @@ class Pool:
             text = f"block {block_id} is given to {name!r} as new, and it is in a table already"
             check_true(block_id not in held, text, of=self.of)
         if got is False:
-            text = (
-                f"allocate returned False, and the table of {name!r} went from {before} to {table}"
-            )
+            text = f"allocate returned False, and the table of {name!r}, {before}, is {table} now"
             check_true(table == before, text, of=self.of)
+        self.latest.setdefault(name, [])
         self.check_blocks()
         expected = self.oracle.allocate(name, num_tokens, prefix)
         check_equal(got, expected, "what allocate returns", of=self.of)
