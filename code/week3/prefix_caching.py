@@ -34,7 +34,7 @@ class CachingBlockManager(BlockManager):
     """A block manager that remembers which tokens a block holds, also when it is free.
 
     num_blocks, block_size, watermark: as in `BlockManager`. enabled: False for a manager that finds
-        nothing and remembers nothing.
+        nothing and remembers nothing. All four are kept under these names.
     A full block whose KV is computed is published under its hash from `extend_hashes`. It can be
     found until it is handed out anew. A hash has one block at most: the first one published.
     Everything that `BlockManager` promises holds.

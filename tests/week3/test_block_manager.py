@@ -154,7 +154,6 @@ def play(num_blocks: int, script: str, block_size: int = 4, watermark: int = 0) 
         pool.check_admissions()
         follow(pool, line.split())
     pool.check_admissions()
-    pool.drain()
     return pool
 
 
@@ -234,7 +233,6 @@ def test_allocate_token_by_token(block_size):
     pool = Pool(4, block_size)
     for num_tokens in range(1, 4 * block_size + 2):
         pool.allocate("a", num_tokens)
-    pool.drain()
 
 
 @pytest.mark.parametrize("step", [2, 3, 4, 5, 7, 8, 9, 13])
@@ -243,7 +241,6 @@ def test_allocate_chunk_by_chunk(step):
     for num_tokens in range(step, 37, step):
         pool.allocate("a", num_tokens)
         pool.allocate("b", num_tokens // 3)
-    pool.drain()
 
 
 ALLOCATIONS = {
@@ -280,7 +277,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_allocate_changes_nothing_when_it_fails(case):
-    play(8, FAILURES[case])
+    play(8, FAILURES[case]).drain()
 
 
 FREED = {
@@ -299,7 +296,7 @@ FREED = {
 
 @pytest.mark.parametrize("case", FREED)
 def test_free(case):
-    play(8, FREED[case])
+    play(8, FREED[case]).drain()
 
 
 def test_free_gives_the_last_block_of_a_table_back_first():
@@ -327,7 +324,7 @@ SHARED = {
 
 @pytest.mark.parametrize("case", SHARED)
 def test_shared_blocks(case):
-    play(10, SHARED[case])
+    play(10, SHARED[case]).drain()
 
 
 FREE_BEGINNINGS = {
@@ -348,7 +345,7 @@ FREE_BEGINNINGS = {
 @pytest.mark.parametrize("watermark", [0, 1, 3])
 def test_a_beginning_that_is_free(watermark, case):
     # ENGINE case 8: who takes it takes it out of the free ones, and nobody gets it as new.
-    play(10, FREE_BEGINNINGS[case], watermark=watermark)
+    play(10, FREE_BEGINNINGS[case], watermark=watermark).drain()
 
 
 def test_a_beginning_that_is_free_is_not_new_in_the_same_call():
@@ -515,7 +512,7 @@ def test_block_manager_refuses_to_have_nothing(sizes, value):
 
 
 def test_block_manager_with_one_block():
-    play(1, "a 4, b 1, a 5, free a, b 1, free b, c 4", watermark=1)
+    play(1, "a 4, b 1, a 5, free a, b 1, free b, c 4", watermark=1).drain()
 
 
 def use(pool: Pool, draw: python_random.Random, num_names: int) -> None:
