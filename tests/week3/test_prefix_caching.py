@@ -424,7 +424,7 @@ def told(text: str, block_size: int) -> str:
 
 
 def play(num_blocks: int, script: str, block_size: int = 4, **options) -> Pool:
-    """Follow a script, and then take every block.
+    """Follow a script.
 
     "a begins abcdef", or "a begins abcdef with s" for a salt: look for its beginning, get room.
     "a computes 4": its first 4 tokens; without a number, all. "a adds xy": two more tokens.
@@ -441,7 +441,6 @@ def play(num_blocks: int, script: str, block_size: int = 4, **options) -> Pool:
             pool.add(name, rest[0])
         else:
             pool.end(name)
-    pool.drain()
     return pool
 
 
@@ -569,7 +568,7 @@ DUPLICATES = {
 @pytest.mark.parametrize("case", DUPLICATES)
 @pytest.mark.parametrize("num_blocks", [15, 20])
 def test_publish_what_another_one_has_published(num_blocks, case):
-    play(num_blocks, DUPLICATES[case])
+    play(num_blocks, DUPLICATES[case]).drain()
 
 
 def test_publish_never_later_what_was_there_once():
@@ -614,7 +613,7 @@ REUSED = {
 
 @pytest.mark.parametrize("case", REUSED)
 def test_reused_blocks(case):
-    play(6, REUSED[case])
+    play(6, REUSED[case]).drain()
 
 
 def test_reused_blocks_keep_the_beginning_for_longest():
@@ -647,7 +646,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_hit_changes_nothing_when_the_rest_does_not_fit(case):
-    play(5, FAILURES[case])
+    play(5, FAILURES[case]).drain()
 
 
 SALTS = {
@@ -661,13 +660,13 @@ SALTS = {
 
 @pytest.mark.parametrize("case", SALTS)
 def test_tenants(case):
-    play(16, SALTS[case])
+    play(16, SALTS[case]).drain()
 
 
 @pytest.mark.parametrize("case", [*LOOKUPS][:4])
 @pytest.mark.parametrize("watermark", [0, 2])
 def test_a_manager_that_is_not_enabled(watermark, case):
-    play(16, LOOKUPS[case], watermark=watermark, enabled=False)
+    play(16, LOOKUPS[case], watermark=watermark, enabled=False).drain()
 
 
 def test_a_manager_that_is_not_enabled_needs_no_hashes():
@@ -686,7 +685,7 @@ def test_the_watermark_and_what_is_found(watermark):
         "a begins abcdefghijkl, a computes, a ends, b begins abcdefghijklmnop, b computes, "
         "c begins abcdefghijklmnopq, c computes, d begins ABCDEFGHIJKLMNOP, b ends, c ends",
         watermark=watermark,
-    )
+    ).drain()
 
 
 def test_names_that_are_kept():
