@@ -800,7 +800,7 @@ def test_no_call_takes_longer_because_the_pool_is_larger():
     for name, count in large.items():
         check_true(
             count <= small[name] + MORE_LINES,
-            f"{name} takes {small[name]} steps in a pool of 50 blocks and {count:,} in one of 5,000; "
+            f"{name} takes {small[name]} steps in a pool of 50 blocks, {count:,} in one of 5,000; "
             "a step is a line of Python",
             of="CachingBlockManager; the same calls in two pools of which most is free and found",
         )
