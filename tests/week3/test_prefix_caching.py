@@ -481,20 +481,6 @@ def test_match_leaves_a_token_to_compute(num_tokens, block_size):
     )
 
 
-def test_match_stops_at_a_gap():
-    # a publishes the first block and b the second and third; then a's is written over.
-    pool = Pool(9)
-    pool.begin("a", "abcdefghijklm")
-    pool.begin("b", "abcdefghijklm")
-    pool.compute("a", 4)
-    pool.compute("b")
-    pool.end("a")
-    pool.begin("c", "nopqrstuvwxyzABCDEFGH"[:20])
-    pool.begin("d", "abcdefghijklm", num_tokens=0)
-    pool.compute("b")
-    pool.drain()
-
-
 def test_match_changes_nothing():
     pool = Pool(6)
     pool.begin("a", "abcdefghijkl")
@@ -627,6 +613,20 @@ def test_reused_blocks_keep_the_beginning_for_longest():
         what = f"how many blocks of a are found when {num_taken} of 8 were taken"
         check_equal(len(found), 8 - num_taken, what, of=pool.of)
         pool.add("b", "5678")
+
+
+def test_match_stops_at_a_gap():
+    # a publishes the first block and b the second and third; then a's is written over.
+    pool = Pool(9)
+    pool.begin("a", "abcdefghijklm")
+    pool.begin("b", "abcdefghijklm")
+    pool.compute("a", 4)
+    pool.compute("b")
+    pool.end("a")
+    pool.begin("c", "nopqrstuvwxyzABCDEFGH"[:20])
+    pool.begin("d", "abcdefghijklm", num_tokens=0)
+    pool.compute("b")
+    pool.drain()
 
 
 # ENGINE case 6: the last but one finds blocks, and cannot get the others.
