@@ -116,10 +116,10 @@ class Pool:
             count = self.manager.ref_count(block_id)
             text = f"ref_count({block_id}) is {count}; the tables that hold the block: {holders}"
             check_true(count == len(holders), text, of=self.of)
-        held = len({block_id for table in tables.values() for block_id in table})
+        held = sorted({block_id for table in tables.values() for block_id in table})
         free = self.manager.num_free_blocks
-        text = f"{free} blocks are free and {held} in tables; the pool has {num_blocks}"
-        check_true(free + held == num_blocks, text, of=self.of)
+        text = f"{free} blocks are free, and in tables are {held}; the pool has {num_blocks} blocks"
+        check_true(free + len(held) == num_blocks, text, of=self.of)
 
     def check_admission(self, num_tokens: int, prefix: Sequence[int] = ()) -> None:
         got = self.manager.can_admit(num_tokens, prefix)

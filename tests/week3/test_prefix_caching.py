@@ -288,7 +288,7 @@ class Pool:
             self.known[block_hash] = salt, text[: (i + 1) * size]
         prefix = self.manager.match(hashes, len(text))
         salted = f", salt {salt!r}" if salt else ""
-        self.of.note(f"match for {name}: {told(text, size)}{salted}", prefix)
+        self.of.note(f"match for {name}: `{told(text, size)}`{salted}", prefix)
         check_equal(type(prefix).__name__, "list", "the type of what match returns", of=self.of)
         self.check_prefix(guest, prefix)
         check_equal(prefix, self.oracle.match(hashes, len(text)), "what match returns", of=self.of)
@@ -308,9 +308,9 @@ class Pool:
         salt, text = wanted
         there = self.memory.get(block_id)
         size = self.oracle.block_size
-        inside = "what was not computed" if there is None else f"{told(there[1], size)}"
+        inside = "what was not computed" if there is None else f"`{told(there[1], size)}`"
         salts = f", salts {salt!r} and {there[0]!r}" if there and there[0] != salt else ""
-        says = f"{found} for {told(text, size)}, and it holds {inside}{salts}"
+        says = f"{found} for `{told(text, size)}`, and it holds {inside}{salts}"
         check_true(there == wanted, says, of=self.of)
 
     def allocate(self, name: str, guest: Guest, num_tokens: int, prefix: Sequence[int]) -> bool:
@@ -359,7 +359,7 @@ class Pool:
         guest.num_computed = end
         hashes = guest.hashes(size)
         self.manager.publish(name, hashes, end)
-        self.of.note(f"publish for {name}: {told(guest.text, size)}, {end} computed", None)
+        self.of.note(f"publish for {name}: `{told(guest.text, size)}`, {end} computed", None)
         self.oracle.publish(guest)
         self.check()
 
@@ -384,7 +384,8 @@ class Pool:
             table = list(self.manager.block_table(name))
             check_equal(table, guest.table, f"table of {name!r}", of=self.of)
         for block_hash, (salt, text) in self.known.items():
-            what = f"what find gives for {told(text, self.oracle.block_size)}, salt {salt!r}"
+            salted = f" with the salt {salt!r}" if salt else ""
+            what = f"what find gives for `{told(text, self.oracle.block_size)}`{salted}"
             expected = self.oracle.index.get(block_hash)
             check_equal(self.manager.find(block_hash), expected, what, of=self.of)
         got = self.manager.num_cached_blocks
@@ -397,10 +398,10 @@ class Pool:
             count = self.manager.ref_count(block_id)
             text = f"ref_count({block_id}) is {count}; the tables that hold the block: {holders}"
             check_true(count == len(holders), text, of=self.of)
-        held = len({block_id for table in tables.values() for block_id in table})
-        free = self.manager.num_free_blocks
-        text = f"{free} blocks are free and {held} in tables; the pool has {self.oracle.num_blocks}"
-        check_true(free + held == self.oracle.num_blocks, text, of=self.of)
+        held = sorted({block_id for table in tables.values() for block_id in table})
+        free, num_blocks = self.manager.num_free_blocks, self.oracle.num_blocks
+        text = f"{free} blocks are free, and in tables are {held}; the pool has {num_blocks} blocks"
+        check_true(free + len(held) == num_blocks, text, of=self.of)
 
     def drain(self) -> None:
         """Take what is free block by block; then end everybody, and find what they left."""
@@ -420,7 +421,7 @@ class Pool:
 
 def told(text: str, block_size: int) -> str:
     """Show tokens block by block: abcd|ef."""
-    return "|".join(text[i : i + block_size] for i in range(0, len(text), block_size)) or "nothing"
+    return "|".join(text[i : i + block_size] for i in range(0, len(text), block_size))
 
 
 def play(num_blocks: int, script: str, block_size: int = 4, **options) -> Pool:
@@ -488,7 +489,7 @@ def test_match_changes_nothing():
     pool.end("a")
     hashes = hashes_of(ids_of("abcdefghijkl"), 4)
     for _ in range(3):
-        pool.of.note("match for abcd|efgh|ijkl", pool.manager.match(hashes, 12))
+        pool.of.note("match for `abcd|efgh|ijkl`", pool.manager.match(hashes, 12))
         pool.check()
     check_equal(len(hashes), 3, "the number of hashes that match was given", of=pool.of)
     # Whoever only looked has taken nothing, and moved nothing in the queue either.
