@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object")
     _add_generation(generate)
+    serve = word("serve", _serve, "serve the model over HTTP, as OpenAI does", "--port 8000")
+    _add_model(serve)
+    _add_serving(serve)
+    trace = word("trace", _trace, "say what happened in a server's trace", "summary steps.jsonl")
+    trace.add_argument("action", choices=("summary",))
+    trace.add_argument("file", help="what `course serve --trace FILE` wrote")
     predict = word(
         "predict", _predict, "answer a lab's questions before you build it", "week1/rope"
     )
@@ -137,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_generation(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="a checkpoint folder, or a name on the hub")
     parser.add_argument("--engine", choices=ENGINES, default="hybrid", help="whose labs are used")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -147,6 +153,32 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="where the model runs; a GPU if there is one"
     )
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="who may connect: this machine only")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one")
+    parser.add_argument("--name", help="what clients call the model; its folder's name")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get("COURSE_API_KEY"),
+        help="what clients have to send; better in the environment, as COURSE_API_KEY",
+    )
+    parser.add_argument("--kv-gb", type=float, metavar="GB", help="memory of the KV pool")
+    parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of one request")
+    parser.add_argument("--max-num-seqs", type=int, default=32, metavar="N")
+    parser.add_argument("--max-waiting", type=int, default=256, metavar="N")
+    parser.add_argument("--token-budget", type=int, default=512, metavar="N", help="of one step")
+    parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens a block")
+    parser.add_argument(
+        "--no-prefix-caching", action="store_true", help="compute every prompt from its beginning"
+    )
+    parser.add_argument("--trace", metavar="FILE", help="write a line of JSON for each step")
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
@@ -198,6 +230,24 @@ def _generate(options: argparse.Namespace) -> int:
     from course import talk
 
     return talk.generate(_request(options), options.prompt, as_json=options.json)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from course import serve
+
+    given = vars(options)
+    names = (name for name in serve.Serving.__dataclass_fields__ if name in given)
+    wanted = {name: given[name] for name in names}
+    return serve.serve(serve.Serving(**wanted, prefix_caching=not options.no_prefix_caching))
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from course import trace
+
+    print(trace.summary(Path(options.file)))
+    return 0
 
 
 def _request(options: argparse.Namespace):

@@ -14,6 +14,7 @@ import inspect
 import itertools
 import math
 import random
+import re
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,8 @@ TOLERANCE = MappingProxyType(
 WHERE_TRITON_RUNS = "Triton, which runs on Linux, or in WSL on Windows"
 # Bound before any lab is imported, so that no lab can put its own in the place of it.
 _torch_equal = torch.equal
+# A shape may be named as torch prints it, torch.Size([3, 4]), or as a tuple.
+_SIZE = re.compile(r"torch\.Size\((\[[\d, ]*\])\)")
 WIDTH = 78
 MAX_TIMEOUTS = 2
 MAX_STEPS = 6
@@ -506,7 +509,8 @@ def check_raises(
         text = f"raised {type(error).__name__}: {error}"
         raise GradedFailure(_lines(what, text), text) from error
     except expected as error:
-        missing = [str(word) for word in mentions if str(word) not in str(error)]
+        message = _SIZE.sub(lambda found: str(tuple(ast.literal_eval(found[1]))), str(error))
+        missing = [str(word) for word in mentions if str(word) not in message]
         if missing:
             text = f"{expected.__name__}({error}) does not name {' and '.join(missing)}"
             raise GradedFailure(_lines(what, text), text) from None

@@ -6,7 +6,8 @@ this process. It forgives what a GPU does not, so that it is watched here:
 - an access outside of the tensors that were handed in, which may hit anything;
 - a value that a masked load has left undefined: the interpreter gives 0, here it is NaN;
 - programs of one launch that meet at an address, while a GPU runs them in any order;
-- bfloat16 in `tl.dot`, which the interpreter computes wrongly without a word.
+- bfloat16 in `tl.dot`, which the interpreter computes wrongly without a word;
+- float32 in `tl.dot`, which it multiplies exactly where a GPU rounds.
 
 A suite of kernels imports this module, and the plugin has chosen the interpreter by then.
 """
@@ -14,6 +15,7 @@ A suite of kernels imports this module, and the plugin has chosen the interprete
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +38,14 @@ except ImportError:  # the plugin says what to install
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What `tl.dot` multiplies here, and what a graded kernel therefore meets.
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == "cuda" else ()))
+# Of the three sides of a product, the one that disappears: the compiler takes no shorter one.
+_SMALLEST_INNER = 16
+# What torch may do around a kernel: make memory, and look at it in another way.
+_MEMORY = re.compile(
+    r"(new_)?(empty|zeros|full)(_like|_strided)?|zero_|fill_|_?(unsafe_view|reshape_alias)|view|"
+    r"as_strided|alias|detach|expand|permute|transpose|t|select|slice|squeeze|unsqueeze|unfold|"
+    r"split|split_with_sizes|unbind|diagonal"
+)
 # Undefined integers: no index that anybody uses.
 _UNDEFINED_INTEGER = 0x5A
 
@@ -107,6 +117,35 @@ def check_kernel_computes(call: Callable[[], Tensor], of: str, num_launches: int
         raise GradedFailure(f"{text}: what computed it?", names)
 
 
+def check_only_kernels_compute(
+    function: Callable[..., Any], *args: Any, of: str, **kwargs: Any
+) -> None:
+    """Hold a call to leaving all work to its kernels: torch makes memory and views, nothing else.
+
+    On a GPU every other operation would be one more launch, and one more way through memory.
+    """
+    # What becomes of values that no kernel wrote is not looked at.
+    with suppressed(), _OnlyMemory() as mode, contextlib.suppress(Exception):
+        function(*args, **kwargs)
+    if mode.computed:
+        names = ", ".join(dict.fromkeys(mode.computed))
+        raise GradedFailure(f"{of}\nbeside its kernels, torch computes: {names}", names)
+
+
+class _OnlyMemory(TorchDispatchMode):
+    """Notes the operations that make neither memory nor a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.computed: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not _MEMORY.fullmatch(name):
+            self.computed.append(name)
+        return function(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def counted_reads(tensor: Tensor) -> Iterator[Tensor]:
     """A block that counts how often kernels load each element of a tensor.
@@ -114,11 +153,34 @@ def counted_reads(tensor: Tensor) -> Iterator[Tensor]:
     Yields int64 counts of the tensor's shape, which grow with every launch. Only the interpreter
     sees loads: on a GPU they stay 0.
     """
-    counts = torch.zeros(_extent(tensor), dtype=torch.int64)
-    watch = tensor.data_ptr(), tensor.itemsize, counts.numpy()
+    with _watched(tensor, 0, lambda counts, places: np.add.at(counts, places, 1)) as counts:
+        yield counts
+
+
+@contextlib.contextmanager
+def reading_programs(tensor: Tensor) -> Iterator[Tensor]:
+    """A block that notes which program of a launch loads each element of a tensor last.
+
+    Yields int64 numbers of the tensor's shape, -1 where nobody did; as `counted_reads`, only for
+    the interpreter.
+    """
+
+    def note(programs: np.ndarray, places: np.ndarray) -> None:
+        programs[places] = _program()
+
+    with _watched(tensor, -1, note) as programs:
+        yield programs
+
+
+@contextlib.contextmanager
+def _watched(
+    tensor: Tensor, fill: int, note: Callable[[np.ndarray, np.ndarray], None]
+) -> Iterator[Tensor]:
+    noted = torch.full((_extent(tensor),), fill, dtype=torch.int64)
+    watch = _Watch(tensor.data_ptr(), tensor.itemsize, noted.numpy(), note)
     _watches.append(watch)
     try:
-        yield counts.as_strided(tensor.shape, tensor.stride())
+        yield noted.as_strided(tensor.shape, tensor.stride())
     finally:
         _watches.remove(watch)
 
@@ -169,7 +231,8 @@ def _refuse(name: str, refused: set[str]) -> None:
 @contextlib.contextmanager
 def _launching(launch: Callable) -> Iterator[None]:
     """Let `launch(function, run, *args, **kwargs)` decide what becomes of every launch."""
-    kept = [(kind, kind.run) for kind in (interpreter.InterpretedFunction, JITFunction)]
+    kinds = (interpreter.InterpretedFunction, JITFunction) if triton is not None else ()
+    kept = [(kind, kind.run) for kind in kinds]
     for kind, run in kept:
 
         def replaced(self, *args, _run=run, **kwargs):
@@ -248,9 +311,23 @@ class _Launch:
         return programs, [addresses for _, addresses, _ in self.writes], bits
 
 
+@dataclass(frozen=True, eq=False)
+class _Watch:
+    """A tensor whose reads are noted: its first address, and a number for each of its elements."""
+
+    start: int
+    itemsize: int
+    noted: np.ndarray
+    note: Callable[[np.ndarray, np.ndarray], None]
+
+    def see(self, addresses: np.ndarray) -> None:
+        end = self.start + self.noted.size * self.itemsize
+        inside = addresses[(addresses >= self.start) & (addresses < end)]
+        self.note(self.noted, (inside - np.uint64(self.start)) // np.uint64(self.itemsize))
+
+
 _current: _Launch | None = None
-# Tensors whose reads are counted: first address, bytes of an element, and a count for each place.
-_watches: list[tuple[int, int, np.ndarray]] = []
+_watches: list[_Watch] = []
 
 
 def _extent(tensor: Tensor) -> int:
@@ -289,16 +366,11 @@ def _load(original, self, ptrs, mask, other, *rest, **named):
     addresses = _touched(ptrs, mask, "reads")
     if _current is not None:
         _current.reads.append((_program(), addresses))
-        _count(addresses)
+        for watch in _watches:
+            watch.see(addresses)
     if other is None:
         other = _undefined(ptrs)
     return original(self, ptrs, mask, other, *rest, **named)
-
-
-def _count(addresses: np.ndarray) -> None:
-    for start, itemsize, counts in _watches:
-        inside = (addresses >= start) & (addresses < start + counts.size * itemsize)
-        np.add.at(counts, (addresses[inside] - np.uint64(start)) // np.uint64(itemsize), 1)
 
 
 def _undefined(pointers: Any) -> Any:
@@ -333,10 +405,29 @@ def _read_modify_write(original, self, operation, ptr, value, mask, *rest, **nam
     return original(self, operation, ptr, value, mask, *rest, **named)
 
 
-def _dot(original, self, a, b, *rest, **named):
+def _dot(original, self, a, b, d, input_precision, *rest, **named):
+    inner = np.shape(a.data)[-1]
+    if inner < _SMALLEST_INNER:
+        raise KernelFault(
+            f"tl.dot adds up over a side of {inner} here; for a GPU it has to be "
+            f"{_SMALLEST_INNER} or more"
+        )
     if a.dtype.scalar.is_bf16() or b.dtype.scalar.is_bf16():
         raise KernelFault("Triton's interpreter cannot multiply bfloat16 in tl.dot; a GPU can")
-    return original(self, a, b, *rest, **named)
+    if a.dtype.scalar.is_fp32() and input_precision.name == "TF32":
+        raise KernelFault(
+            "tl.dot multiplies float32 here; a GPU would round both factors to 10 bits (TF32) "
+            "first, unless it is told otherwise"
+        )
+    return original(self, a, b, d, input_precision, *rest, **named)
+
+
+def _splat(original, self, ret_ty, arg):
+    # The interpreter takes what a comparison of two single numbers gives for an int32, and refuses
+    # it in a mask together with a block; the compiler does neither.
+    if arg.data.dtype == np.bool_:
+        arg = interpreter.TensorHandle(arg.data, triton.language.int1)
+    return original(self, ret_ty, arg)
 
 
 def _run_grid(original, self, *args, **kwargs):
@@ -367,6 +458,7 @@ def _watch_the_interpreter() -> None:
         (builder, "create_atomic_cas", _compare_and_swap),
         (builder, "create_atomic_rmw", _read_modify_write),
         (builder, "create_dot", _dot),
+        (builder, "create_splat", _splat),
         (grid, "__call__", _run_grid),
         (grid, "_init_args_hst", _take_arguments),
     ):

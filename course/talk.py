@@ -50,12 +50,12 @@ class Conversation:
 
     def __init__(self, request: Request):
         self.request = request
-        self._device = _device(request.device)
-        folder = models.resolve_model(request.model, report=_tell)
+        self._device = choose_device(request.device)
+        folder = models.resolve_model(request.model, report=tell)
         tokenizer = models.load_tokenizer(folder)
         self._parts = (folder, request.dtype, tokenizer, models.eos_token_ids(folder, tokenizer))
         self.tokenizer = tokenizer
-        self._yours, self._switched_on, self.remarks = _chosen_labs(request.engine)
+        self._yours, self._switched_on, self.remarks = chosen_labs(request.engine)
         self.engine: Engine = self._surviving_crashes(self._assemble)
 
     def complete(self, prompt_ids: list[int], on_text: Callable[[str], None] | None) -> Any:
@@ -118,7 +118,7 @@ class Conversation:
             except LabCrashed as crash:
                 if self.request.engine == "code":
                     raise
-                _tell(f"\nYour lab failed: {crash}\nThe reference takes its place.\n")
+                tell(f"\nYour lab failed: {crash}\nThe reference takes its place.\n")
                 self._yours.discard(crash.lab)
                 self._switched_on.add(crash.lab)
                 self.engine = self._assemble()
@@ -128,7 +128,7 @@ def learn(prompt: str) -> int:
     """Show the board, let the model answer through the learner's labs, name what is next."""
     grades = status.grade_all()
     print(tracker.board(grades, progress.read()[0]))
-    _tell("\nLoading the model …")
+    tell("\nLoading the model …")
     code = chat(Request(max_tokens=48), prompt)
     print(f"\n{status.next_step(grades)}")
     return code
@@ -144,7 +144,7 @@ def chat(request: Request, prompt: str | None) -> int:
             return 0
         return _read_and_answer(conversation)
     except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
-        return _refuse(error)
+        return refuse(error)
 
 
 def _read_and_answer(conversation: Conversation) -> int:
@@ -196,7 +196,7 @@ def generate(request: Request, prompts: list[str], as_json: bool) -> int:
         completion = conversation.complete(prompt_ids, show)
         seconds = time.perf_counter() - start
     except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
-        return _refuse(error)
+        return refuse(error)
     if as_json:
         report = _of_completion(prompt_ids, completion) | _of_run(conversation, seconds)
         print(json.dumps(report))
@@ -218,7 +218,7 @@ def _generate_all(request: Request, prompts: list[str], as_json: bool) -> int:
         completions = conversation.complete_all(ids)
         seconds = time.perf_counter() - start
     except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
-        return _refuse(error)
+        return refuse(error)
     if as_json:
         reports = [_of_completion(*pair) for pair in zip(ids, completions, strict=True)]
         print(json.dumps({"completions": reports} | _of_run(conversation, seconds)))
@@ -257,7 +257,7 @@ def _of_run(conversation: Conversation, seconds: float) -> dict[str, Any]:
     }
 
 
-def _device(name: str | None) -> str:
+def choose_device(name: str | None) -> str:
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -265,7 +265,7 @@ def _device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _chosen_labs(engine: str) -> tuple[set[Lab], set[Lab], list[str]]:
+def chosen_labs(engine: str) -> tuple[set[Lab], set[Lab], list[str]]:
     """Choose whose labs the engine runs.
 
     Returns the learner's labs, the labs of later weeks that run as the reference, and a remark on
@@ -305,12 +305,12 @@ def sources_table(sources: dict[Lab, str]) -> str:
     return "\n".join(lines)
 
 
-def _refuse(error: Exception) -> int:
+def refuse(error: Exception) -> int:
     if isinstance(error, LabCrashed) and isinstance(error.error, NotImplementedError):
         error = error.error
-    _tell(f"course: {error}")
+    tell(f"course: {error}")
     return 1
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

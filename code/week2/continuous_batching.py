@@ -130,7 +130,7 @@ class Scheduler:
         of the budget, before the next one gets any. So each that runs gets at least one in every
         step. Who begins takes the lowest free row.
         Tokens count as computed when `update` says so. Called again instead, this plans anew, and
-        the step before counts as not run.
+        the step before counts as not run; who began in it keeps row and place.
         """
         raise NotImplementedError(
             "week2/continuous_batching.py: Scheduler.schedule is not written yet "
@@ -208,8 +208,8 @@ class ContinuousBatcher:
 
         Returns what `Scheduler.update` returns. When nobody waits or runs: [], and no pass. Nothing
         is kept of a request that has ended.
-        Where the model or a choose raises, the step counts as not run, and the next call repeats
-        it. Who chose already is asked again.
+        What the model or a choose raises is raised on; the step counts as not run, and the next
+        call repeats it. Who chose already is asked again.
         """
         raise NotImplementedError(
             "week2/continuous_batching.py: ContinuousBatcher.step is not written yet "

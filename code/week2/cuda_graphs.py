@@ -167,9 +167,9 @@ class GraphRunner:
 
     step: see `Step`. buffers: just made. buckets: ascending, the last one at most the buffers'
     max_batch_size. capture: see `Capture`. It is called while the runner is made, once for each
-    bucket, the largest first, with a call of step on that bucket's rows of the buffers; later
-    neither it nor step is called. All rows are padding rows then, so nothing is written. Errors
-    that capture raises are handed on.
+    bucket, the largest first, with a call of step on that bucket's rows of the buffers. step is
+    called by nobody but capture, and later neither of them is. All rows are padding rows then, so
+    nothing is written. Errors that capture raises are handed on.
     """
 
     def __init__(

@@ -58,15 +58,16 @@ def flash_decode(
         key/value head, as in `grouped_attention`.
     num_tokens: (rows,) int64, each in [1, capacity], any stride: row r looks at its first
         num_tokens[r] tokens. What lies behind them is not read and may be anything, NaN too.
-    num_splits: into how many splits the tokens of every row are cut, even where a row has fewer
-        tokens than that; None lets `plan_splits` choose for one program a row and key/value head.
+    num_splits: into how many splits the tokens of every row are cut: those that it has, not those
+        that it may have; even where a row has fewer tokens than that. None lets `plan_splits`
+        choose for one program a row and key/value head; a CPU counts as one processor.
     Returns (rows, num_heads, head_dim), q's dtype. Scores, weights and sums are float32, also
     between the kernels; only weights may be rounded to q's dtype, to be multiplied with values. The
     arguments are left as they were.
-    One kernel is launched, or two. Each row, key/value head and split has a program of its own. The
-    kernels read each key and value of a row's tokens once, where it lies, however many query heads
-    and splits there are. The host does not wait for the device: what is launched follows from
-    shapes and num_splits alone.
+    One kernel is launched, or two, and they do all of the work. Each row, key/value head and split
+    has a program of its own. The kernels read each key and value of a row's tokens once, where it
+    lies, however many query heads and splits there are. The host does not wait for the device: what
+    is launched follows from shapes and num_splits alone.
     Raises ValueError, which gives both numbers, when num_heads does not divide by num_kv_heads; and
     one that gives the value when num_splits is below 1.
     Source: Dao, Haziza, Massa and Sizov 2023, "Flash-Decoding for long-context inference".

@@ -78,6 +78,7 @@ class KVCache:
 
         rows, positions: (tokens,) int64, in any order; positions below capacity, no place twice.
         k, v: (num_kv_heads, tokens, head_dim), the cache's dtype; left as they were.
+        On a GPU the host does not wait for any of them: it asks for no number that they hold.
         """
         raise NotImplementedError(
             "week2/kv_cache.py: KVCache.write is not written yet → sessions/week2/kv_cache.md"
@@ -163,8 +164,8 @@ def cached_attend(
     The returned function takes the tokens of all rows flat, row after row in the order of
     num_new_tokens: q (num_heads, tokens, head_dim), k and v (num_kv_heads, tokens, head_dim). It
     stores k and v at their rows and positions, and returns (num_heads, tokens, head_dim), in which
-    each token has looked at those of its own row, up to itself. Other rows, and the counts in
-    num_computed_tokens, stay as they are.
+    each token has looked at those of its own row, up to itself. q, k, v, other rows, and the counts
+    in num_computed_tokens, stay as they are.
     """
     raise NotImplementedError(
         "week2/kv_cache.py: cached_attend is not written yet → sessions/week2/kv_cache.md"
@@ -184,8 +185,8 @@ def extend(
     make_attend: called once, in the place of `cached_attend`, for the pass's `Attend`.
     Returns (len(new_tokens), vocab_size) float32 without a gradient: the scores of what follows
     each row's last id, in the order of new_tokens. num_computed_tokens has grown by what was
-    computed. Where the model itself raises, num_computed_tokens is as before, so that the call may
-    be repeated.
+    computed. What the model itself raises is raised on; num_computed_tokens is as before, so that
+    the call may be repeated.
     The model runs once, over exactly these ids, none of them padded. Before, room is made with
     `reserve` for as many tokens as the longest of these rows will have.
     Raises ValueError, with nothing changed, when there is no row, when a row is unknown or gets no

@@ -32,8 +32,8 @@ def row_sum(x: Tensor) -> Tensor:
         than the largest block of Triton, 2**20 elements.
     Returns a new tensor (rows,) of x's dtype. A row is added up in float32, and the sum is rounded
     once; without columns it is 0. x is left as it was.
-    One launch of a kernel computes it, and its programs share the work: there is at least one for
-    each 64 rows.
+    One launch of a kernel computes it, nothing is copied first, and its programs share the work:
+    there is at least one for each 64 rows.
     Raises ValueError, which gives x's shape, when x has not two axes.
     """
     raise NotImplementedError(
@@ -46,11 +46,11 @@ def tiled_copy(x: Tensor) -> Tensor:
 
     x: (rows, columns), float32, float16 or bfloat16. Its strides are arbitrary, such as those of a
         transposed matrix or of every second column, and the offset of every element from the first
-        is below 2**31. Either axis may be empty.
+        is below 2**31. Either axis may be empty, and has at most 2**20 elements.
     Returns a new contiguous tensor of x's shape and dtype with the same elements, bit by bit. x is
     left as it was.
-    One launch of a kernel copies it, and its programs share the work: there is at least one for
-    each 4,096 elements.
+    One launch of a kernel copies it, and nothing else does. Its programs share the work: there is
+    at least one for each 4,096 elements.
     Raises ValueError, which gives x's shape, when x has not two axes.
     """
     raise NotImplementedError(

@@ -93,7 +93,8 @@ class Int4Weight:
 def quantize_int8(weight: Tensor) -> Int8Weight:
     """Round a matrix to 8 bits, each row with a scale of its own.
 
-    weight: (out_features, in_features), any float dtype; left as it was.
+    weight: (out_features, in_features), any float dtype, magnitudes up to 1e38; left as it was. It
+        may require a gradient; nothing of the result does.
     The scale of a row is 1/127 of its largest magnitude, computed in float32, and no entry is
     further from what its code stands for than half of that scale. A row of zeros has codes 0 and
     any finite scale.
@@ -129,8 +130,7 @@ def unpack_int4(packed: Tensor, num_codes: int) -> Tensor:
 def quantize_int4(weight: Tensor, group_size: int) -> Int4Weight:
     """Round a matrix to 4 bits, each group of a row with a scale and a zero point of its own.
 
-    weight: (out_features, in_features), any float dtype; left as it was. group_size: see
-        `Int4Weight`; one of GROUP_SIZES.
+    weight: as in `quantize_int8`. group_size: see `Int4Weight`; one of GROUP_SIZES.
     Plain rounding lets the 16 values that a group's codes stand for reach from its smallest entry,
     or 0 where that is smaller, to its largest one, or 0 where that is larger, and has one of them
     at 0: the scale is 1/15 of that way, computed in float32, and no entry is further from what its
@@ -436,7 +436,7 @@ def _checked_matrix(weight: Tensor) -> Tensor:
     """Return a matrix in float32; ValueError where it is none, or not finite."""
     if weight.dim() != 2:
         raise ValueError(f"weight must be (out_features, in_features), got {tuple(weight.shape)}")
-    wide = weight.float().contiguous()
+    wide = weight.detach().float().contiguous()
     if not bool(wide.isfinite().all()):
         raise ValueError(f"weight {tuple(weight.shape)} holds an entry that is not finite")
     return wide

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from course.grading import check_close, check_equal, check_raises, check_true, lab
-from course.launches import DEVICE, DTYPES, check_kernel_computes, count_programs
+from course.launches import (
+    DEVICE,
+    DTYPES,
+    check_kernel_computes,
+    check_only_kernels_compute,
+    count_programs,
+)
 
 fk = lab("advanced/first_kernel")
 
@@ -251,7 +257,7 @@ def test_sum_of_a_row_longer_than_the_largest_block():
 
 
 @pytest.mark.parametrize("column", [0, 1, 500, 1023, 1024, 4095, 4096, 8191, 9999])
-def test_every_column_counts_once(column):
+def test_sum_counts_every_column_once(column):
     x = torch.zeros(2, 10_000, device=DEVICE)
     x[1, column] = 3.0
     check_equal(fk.row_sum(x), torch.tensor([0.0, 3.0]), f"the sums, with a 3 in column {column}")
@@ -281,7 +287,7 @@ def test_sum_beyond_half_precision_is_infinite():
     check_equal(fk.row_sum(x), expected, "the sums of 3,000 times 40 and −40")
 
 
-def test_numbers_that_are_none_stay_in_their_rows():
+def test_sum_keeps_numbers_that_are_none_in_their_rows():
     x = torch.ones(5, 70, device=DEVICE)
     x[1, 3], x[3, 69], x[4, 5] = math.nan, math.inf, -math.inf
     expected = torch.tensor([70.0, math.nan, 70.0, math.inf, -math.inf])
@@ -298,6 +304,12 @@ def test_sum_returns_a_new_tensor(shape):
 @pytest.mark.parametrize("shape", [(5, 30), (2, 3000)], ids=str)
 def test_sum_is_computed_by_a_kernel(shape):
     check_kernel_computes(lambda: fk.row_sum(random(*shape)), f"row_sum of {shape}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sum_leaves_all_work_to_its_kernel(layout):
+    x = LAYOUTS[layout](random(7, 30))
+    check_only_kernels_compute(fk.row_sum, x, of=f"row_sum({stored(x)})")
 
 
 @pytest.mark.parametrize("rows", [65, 300])
@@ -382,6 +394,12 @@ def test_copy_of_what_is_contiguous_is_new_too():
 @pytest.mark.parametrize("shape", [(5, 30), (70, 80)], ids=str)
 def test_copy_is_made_by_a_kernel(shape):
     check_kernel_computes(lambda: fk.tiled_copy(random(*shape).T), f"tiled_copy of {shape[::-1]}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_copy_leaves_all_work_to_its_kernel(layout):
+    x = LAYOUTS[layout](random(7, 30))
+    check_only_kernels_compute(fk.tiled_copy, x, of=f"tiled_copy({stored(x)})")
 
 
 @pytest.mark.parametrize("shape", [(100, 200), (1, 20_000), (20_000, 1)], ids=str)

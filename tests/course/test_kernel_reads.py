@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from course.launches import counted_reads
+from course.launches import counted_reads, reading_programs
 
 
 @triton.jit
@@ -26,6 +26,11 @@ def kernel(x, out, stride, n, BLOCK: tl.constexpr):
     tl.store(out + i, once + again, mask=i < n)
 
 
+@triton.jit
+def one_each(x):
+    tl.load(x + 2 * tl.program_id(0))
+
+
 whole = torch.ones(4, 6)
 view, out = whole[1:3, ::2], torch.zeros(8)
 with counted_reads(view) as counts, counted_reads(out) as others:
@@ -34,6 +39,9 @@ with counted_reads(view) as counts, counted_reads(out) as others:
     kernel[(1,)](view, out, 2, 3, BLOCK=4)
 kernel[(1,)](view, out, 2, 3, BLOCK=4)
 print(counts.tolist(), out[:4].tolist())
+with reading_programs(view) as programs:
+    one_each[(2,)](view)
+    print(programs.tolist())
 """
 
 LOOKING = """
@@ -77,9 +85,10 @@ def run(tmp_path, script: str) -> list[str]:
 
 
 def test_reads_are_counted_where_they_happen(tmp_path):
-    first, second = run(tmp_path, COUNTING)
+    first, second, programs = run(tmp_path, COUNTING)
     assert first == "[[2, 1, 0], [0, 0, 0]] 0"
     assert second == "[[4, 2, 1], [0, 0, 0]] [2.0, 1.0, 1.0, 0.0]"
+    assert programs == "[[0, 1, -1], [-1, -1, -1]]"
 
 
 def test_a_host_that_looks_into_a_tensor_is_caught(tmp_path):

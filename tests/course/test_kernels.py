@@ -88,13 +88,23 @@ def test_every_configuration_is_compiled_for_every_gpu(tree):
         ("three", "RED: CompilationError: tl.store(out + tl.arange(0, 3), 1.0); arange's range"),
         ("greedy", "RED: spills"),
         ("nothing", "launches no kernel"),
-        ("unwritten", "course: week1/rope.py: unwritten is not written yet"),
     ],
 )
 def test_what_is_red(tree, name, words):
     result = compiled(tree, name)
     assert result.returncode == 1 and words in result.stdout, result.stdout
     assert "Traceback" not in result.stdout
+
+
+def test_a_half_written_lab_shows_what_there_is(tree):
+    calls = (
+        CALLS.format(name="copy") + '        yield "the other", lambda x=x: lab.unwritten(x, x)\n'
+    )
+    tree.write("code/week1/rope.py", LAB)
+    tree.write("benchmarks/week1/rope.py", calls)
+    result = tree.run("course", "kernels", "week1/rope")
+    assert result.returncode == 0 and "sm_90 _tuned" in result.stdout, result.stdout
+    assert "  the other\n    not written yet\n" in result.stdout
 
 
 def test_an_untouched_stub_is_not_written_yet(tree):

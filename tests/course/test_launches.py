@@ -67,10 +67,17 @@ def _same_value_twice(x, y, out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _square(x, out, BLOCK: tl.constexpr):
+def _square(x, out, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     i = tl.arange(0, BLOCK)
     a = tl.load(x + i[:, None] * BLOCK + i[None, :])
-    tl.store(out + i[:, None] * BLOCK + i[None, :], tl.dot(a, a))
+    tl.store(out + i[:, None] * BLOCK + i[None, :], tl.dot(a, a, input_precision=PRECISION))
+
+
+@triton.jit
+def _copy_if(x, out, n, wanted, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    mask = (i < n) & (tl.program_id(0) < wanted)
+    tl.store(out + i, tl.load(x + i, mask=mask, other=0.0), mask=mask)
 
 
 def run(kernel):
@@ -90,9 +97,9 @@ def add_beside_a_kernel(x, y):
     return x + y
 
 
-def square(x):
+def square(x, precision="ieee"):
     out = torch.empty(len(x), len(x))
-    _square[(1,)](x, out, BLOCK=len(x))
+    _square[(1,)](x, out, BLOCK=len(x), PRECISION=precision)
     return out
 """
 
@@ -153,16 +160,29 @@ def test_views_bound_what_a_kernel_may_touch(kernels):
         kernels._add[(3,)](whole[:9], whole[:9], out, 10, BLOCK=4)
 
 
-def test_bfloat16_products_are_refused(kernels):
-    torch.testing.assert_close(kernels.square(torch.eye(4) * 3), torch.eye(4) * 9)
+def test_products_that_a_gpu_would_not_compute_alike_are_refused(kernels):
+    torch.testing.assert_close(kernels.square(torch.eye(16) * 3), torch.eye(16) * 9)
     with pytest.raises(Exception, match="cannot multiply bfloat16"):
-        kernels.square(torch.eye(4, dtype=torch.bfloat16))
+        kernels.square(torch.eye(16, dtype=torch.bfloat16))
+    with pytest.raises(Exception, match="round both factors to 10 bits"):
+        kernels.square(torch.eye(16), "tf32")
+    kernels.square(torch.eye(16, dtype=torch.float16), "tf32")
+    with pytest.raises(Exception, match="adds up over a side of 8 here"):
+        kernels.square(torch.eye(8))
+
+
+def test_a_mask_may_join_a_block_with_a_single_number(kernels):
+    x, out = torch.arange(4.0), torch.zeros(4)
+    kernels._copy_if[(1,)](x, out, 3, 1, BLOCK=4)
+    assert out.tolist() == [0.0, 1.0, 2.0, 0.0]
+    kernels._copy_if[(1,)](x, out + 1, 3, 0, BLOCK=4)
+    assert out.tolist() == [0.0, 1.0, 2.0, 0.0]
 
 
 def test_launches_are_noted(kernels):
     with launches.observed() as names:
         kernels.add(torch.ones(5), torch.ones(5))
-        kernels.square(torch.eye(4))
+        kernels.square(torch.eye(16))
     assert names == ["_add", "_square"]
     with launches.suppressed():
         assert bool(kernels.add(torch.ones(5), torch.ones(5)).isnan().all())
@@ -199,6 +219,16 @@ def test_work_that_a_kernel_did(kernels):
     x = torch.arange(5.0)
     launches.check_kernel_computes(lambda: kernels.add(x, x), "add")
     launches.check_kernel_computes(lambda: kernels.add(kernels.add(x, x), x), "add", 2)
+
+
+def test_work_that_torch_does_beside_a_kernel(kernels):
+    x = torch.arange(5.0)
+    launches.check_only_kernels_compute(kernels.add, x, x, of="add")
+    launches.check_only_kernels_compute(lambda: kernels.add(x.view(5, 1)[:, 0], x), of="add")
+    with pytest.raises(GradedFailure, match="beside its kernels, torch computes: add"):
+        launches.check_only_kernels_compute(kernels.add_beside_a_kernel, x, x, of="add")
+    with pytest.raises(GradedFailure, match="torch computes: clone"):
+        launches.check_only_kernels_compute(lambda: kernels.add(x[::2].contiguous(), x), of="add")
 
 
 def test_a_fault_is_told_with_its_line(kernels, monkeypatch):

@@ -179,7 +179,7 @@ class Desk:
             check_equal(part.num_computed_tokens, job.num_computed, what, of=self.of)
             expected = job.ids[job.num_computed : job.num_computed + count]
             what = f"the token_ids of {request_id}"
-            check_equal(list(part.token_ids), expected, what, of=self.of)
+            check_equal(part.token_ids, tuple(expected), what, of=self.of)
             expected = count == job.num_lacking
             check_equal(part.catches_up, expected, f"catches_up of {request_id}", of=self.of)
         rows = {request_id: by_id[request_id].row for request_id in plan}
@@ -874,6 +874,17 @@ def test_batcher_takes_requests_from_inside_a_choose():
     served.drain()
 
 
+def check_raised_on(served: Served, error: type[Exception], what: str) -> None:
+    """Do a step in which an error is raised, and hold it to coming out."""
+    try:
+        served.batcher.step()
+        raised = False
+    except error:
+        raised = True
+    served.of.note(what, None)
+    check_true(raised, "the error does not come out of the step", of=served.of)
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("steps_before", [0, 1, 2, 4])
 def test_batcher_after_the_model_has_failed(steps_before, layer):
@@ -882,10 +893,10 @@ def test_batcher_after_the_model_has_failed(steps_before, layer):
         served.add(request_id, num_tokens, 5)
     for _ in range(steps_before):
         served.step()
-    served.model.fails_in_layer = layer
-    with contextlib.suppress(RuntimeError):
-        served.batcher.step()
-    served.of.note(f"step(), and the model raises in layer {layer}", None)
+    num_calls, served.model.fails_in_layer = len(served.model.calls), layer
+    check_raised_on(served, RuntimeError, f"step(), and the model raises in layer {layer}")
+    num_calls = len(served.model.calls) - num_calls
+    check_equal(num_calls, 1, "how often the model was called", of=served.of)
     served.model.fails_in_layer = -1
     served.drain()
 
@@ -908,9 +919,7 @@ def test_batcher_after_a_choose_has_failed(then, failing):
         raise Refused
 
     served.choosers[failing].then = fail
-    with contextlib.suppress(Refused):
-        served.batcher.step()
-    served.of.note(f"step(), and the choose of {failing} raises", None)
+    check_raised_on(served, Refused, f"step(), and the choose of {failing} raises")
     for name, chooser in served.choosers.items():
         # Who chose before it failed is asked again.
         del chooser.ids[lengths[name] :]

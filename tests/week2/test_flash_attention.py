@@ -193,6 +193,16 @@ def test_blocks_of_large_scores(factor):
     check_results(got, expected, torch.float32, f"{of}; scores up to {abs(factor) * 30:g}", 5e-2)
 
 
+@pytest.mark.parametrize("far", [400, 100_000])
+def test_blocks_of_scores_that_are_all_far_below_zero(far):
+    q, k, v = draw_blocks(2, 5, 9, 16)
+    q[..., 0], k[..., 0] = 4.0, -(far + torch.arange(9, device=DEVICE) % 4)
+    q[..., 1:] = 0.0
+    got, of = by_blocks(q, k, v, staircase(5, 9), 4)
+    expected = oracle(q, k, v, staircase(5, 9))
+    check_results(got, expected, torch.float32, f"{of}; all scores are near {-far:,}")
+
+
 @pytest.mark.parametrize("head_dim, scale", [(32, 3.0), (24, 5.0)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_blocks_of_large_half_precision_inputs(dtype, head_dim, scale):
@@ -517,6 +527,16 @@ def test_flash_of_large_scores(dtype, factor):
     batch.q, batch.k = (x.clamp(-4, 4).round() for x in (batch.q, batch.k))
     batch.q *= factor
     batch.check(tolerance=5e-2)
+
+
+@pytest.mark.parametrize("far", [400, 40_000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_flash_of_scores_that_are_all_far_below_zero(dtype, far):
+    batch = Batch([(5, 40), (1, 90)], dtype=dtype, note=f"all scores are near {-far:,}")
+    batch.q[..., 0], batch.k[..., 0] = far / 100, -400.0
+    batch.q[..., 1:] = 0.0
+    batch.k[:, ::3, 0] = -402.0
+    batch.check()
 
 
 @pytest.mark.parametrize("head_dim", [80, 128])

@@ -17,6 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2ForCausal
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 from course.grading import History, check_close, check_equal, check_raises, check_true, lab
+from course.launches import without_waiting
 
 kv = lab("week2/kv_cache")
 qwen = lab("week1/qwen")
@@ -95,7 +96,7 @@ class Stored:
             python_random.Random(order_seed).shuffle(order)
         for layer in range(self.num_layers):
             k, v = self.new_tokens(len(rows))
-            where = torch.tensor(rows)[order], torch.tensor(positions)[order]
+            where = (torch.tensor(x, dtype=torch.int64)[order] for x in (rows, positions))
             cache.write(layer, *where, k[:, order], v[:, order])
             start = 0
             for row, count in counts.items():
@@ -268,6 +269,19 @@ def test_store_leaves_what_it_is_given_alone():
         got.fill_(7.0)
     kept = cache.read(0)[0][torch.tensor([1, 0]), :, torch.tensor([3, 0])].transpose(0, 1)
     check_close(kept, before[2], tolerance=0.0, of=f"{of}, after the caller has changed its k")
+
+
+def test_store_does_not_wait_for_what_it_writes():
+    cache = make_cache((1, 3, 2, 5))
+    cache.reserve(8)
+    rows, positions = torch.tensor([2, 0, 2]), torch.tensor([1, 7, 0])
+    k, v = random(2, 3, 5), random(2, 3, 5, seed=1)
+    with without_waiting():
+        cache.write(0, rows, positions, k, v)
+    keys, values = cache.read(0)
+    for name, part, want in (("keys", keys, k), ("values", values, v)):
+        of = f"write of 3 tokens, with which the host does not look into tensors: the {name}"
+        check_close(part[rows, :, positions].transpose(0, 1), want, tolerance=0.0, of=of)
 
 
 def test_store_shows_later_writes_in_what_was_read():
@@ -563,16 +577,16 @@ def run_pass(cache, stored: Stored, counts: Mapping[int, int], num_heads: int, o
         k, v = stored.new_tokens(num_tokens)
         given_parts = [part.clone() for part in (q, k, v)]
         out = attend(layer, q, k, v)
+        what = f"{of}\nattend({layer}, q, k, v)"
+        for name, got, want in zip("qkv", (q, k, v), given_parts, strict=True):
+            check_close(got, want, tolerance=0.0, of=f"{what}\n{name} after the call")
         expected, start = [], 0
         for row, count in counts.items():
             here = slice(start, start + count)
             stored.add(layer, row, k[:, here], v[:, here])
             expected.append(attend_in_float64(q[:, here], *stored.parts[layer, row]))
             start += count
-        what = f"{of}\nattend({layer}, q, k, v)"
         check_close(out, torch.cat(expected, dim=1), dtype=stored.dtype, of=what)
-        for name, got, want in zip("qkv", (q, k, v), given_parts, strict=True):
-            check_close(got, want, tolerance=0.0, of=f"{what}\n{name} after the call")
     check_equal(cache.num_computed_tokens, before, "num_computed_tokens after all layers", of=of)
     stored.check(cache, of)
 
@@ -655,6 +669,7 @@ class Noted:
         return -attend_in_float64(q, keys, values).to(q.dtype)
 
     def decode(self, q: Tensor, keys: Tensor, values: Tensor, num_tokens: Tensor) -> Tensor:
+        check_equal(num_tokens.dtype, torch.int64, "the dtype of num_tokens, handed to decode")
         self.decodes.append(num_tokens.tolist())
         return -expected_decode(q, keys, values, num_tokens.tolist()).to(q.dtype)
 
@@ -726,6 +741,7 @@ class LookupModel(nn.Module):
         self.moved = random(limit, head_dim, seed=5, dtype=dtype)
         self.head = random(num_layers * self.num_heads * head_dim, 19, seed=6, dtype=dtype)
         self.calls: list[list[tuple[int, int]]] = []
+        # A layer; -1 for none, num_layers for the scores.
         self.fails_in_layer = -1
 
     @property
@@ -751,7 +767,23 @@ class LookupModel(nn.Module):
         return torch.cat(hidden, dim=-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        if self.fails_in_layer == self.config.num_hidden_layers:
+            raise RuntimeError("the model was told to fail")
         return (hidden @ self.head).float()
+
+    @contextlib.contextmanager
+    def failing(self, layer: int, of: History, what: str) -> Iterator[None]:
+        """A block in which the model raises in a layer; holds it to being called once."""
+        num_calls, self.fails_in_layer = len(self.calls), layer
+        try:
+            yield
+            raised = False
+        except RuntimeError as error:
+            raised = str(error) == "the model was told to fail"
+        self.fails_in_layer = -1
+        of.note(f"{what}; the model raises", None)
+        check_true(raised, "the model has raised, and its error does not come out", of=of)
+        check_equal(len(self.calls) - num_calls, 1, "how often the model was called", of=of)
 
     @torch.no_grad()
     def expected(self, ids: Sequence[int]) -> Tensor:
@@ -938,6 +970,8 @@ REFUSED = {
     "no ids": ({1: [4, 5], 2: []}, (2,)),
     "one token too many": ({2: [1], 0: [1] * 9}, (49, 48)),
     "a prompt that is too long": ({1: [3] * 60}, (60, 48)),
+    "a long prompt in front of an unknown row": ({1: [3] * 48, 3: [2]}, (3,)),
+    "a long prompt in front of a row without ids": ({1: [3] * 48, 2: []}, (2,)),
 }
 
 
@@ -960,18 +994,16 @@ def test_extend_refuses_and_changes_nothing(case):
     served.step({2: 1, 0: 8, 1: 2})
 
 
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("layer", [0, 1, 2])
 def test_extend_after_the_model_has_failed(layer):
     served = Served(3)
     served.step({0: 5, 2: 14})
-    served.model.fails_in_layer = layer
     new_tokens = {2: served.new_ids(3), 0: served.new_ids(1), 1: served.new_ids(6)}
-    with contextlib.suppress(RuntimeError):
+    where = f"layer {layer}" if layer < 2 else "the scores"
+    with served.model.failing(layer, served.of, f"extend by 10 ids, in {where}"):
         kv.extend(served.model, served.cache, new_tokens)
-    served.of.note(f"extend by 10 ids; the model raises in layer {layer}", None)
     lengths = served.cache.num_computed_tokens
     check_equal(lengths, [5, 0, 14], "num_computed_tokens", of=served.of)
-    served.model.fails_in_layer = -1
     served.step({2: 3, 0: 1, 1: 6})
     served.step({1: 1, 0: 1, 2: 1})
 
@@ -1199,21 +1231,16 @@ def test_logits_of_a_tuple():
 def test_logits_after_the_model_has_failed(then, failing):
     asked = Asked()
     asked.ask([3, 1, 4, 1])
-    asked.model.fails_in_layer = 1
-    with contextlib.suppress(RuntimeError):
+    with asked.model.failing(1, asked.of, f"called with {list(failing)}"):
         asked.next_logits(list(failing))
-    asked.of.note(f"called with {list(failing)}; the model raises in layer 1", None)
-    asked.model.fails_in_layer = -1
     asked.ask(then, count=False)
     asked.ask([*then, 2])
 
 
 def test_logits_after_the_first_call_has_failed():
     asked = Asked()
-    asked.model.fails_in_layer = 1
-    with contextlib.suppress(RuntimeError):
+    with asked.model.failing(1, asked.of, "called with [3, 1, 4, 1]"):
         asked.next_logits([3, 1, 4, 1])
-    asked.model.fails_in_layer = -1
     asked.ask([3, 1, 4, 1], count=False)
     asked.ask([3, 1, 4, 1, 5])
 

@@ -5,6 +5,7 @@ held is how far the matrix lies from what they stand for.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -158,6 +159,19 @@ def test_quantizing_refuses_what_is_not_finite(name, bad):
     check_raises(ValueError, getattr(quantization, name), weight, *more)
 
 
+def test_quantized_weights_require_no_gradient():
+    weight = torch.nn.Linear(40, 3).weight
+    eight, four = quantization.quantize_int8(weight), quantization.quantize_int4(weight, 32)
+    parts = {
+        "the scales of 8 bits": eight.scales,
+        "the scales of 4 bits": four.scales,
+        "the matrix that 8 bits stand for": quantization.dequantize(eight),
+    }
+    for what, part in parts.items():
+        of = "weight: torch.nn.Linear(40, 3).weight, which requires a gradient"
+        check_true(not part.requires_grad, f"{what} require a gradient, too", of=of)
+
+
 def byte(low: int, high: int) -> int:
     return low + 16 * high
 
@@ -235,14 +249,19 @@ def plain_rounding(group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scale, worst
 
 
-def check_groups(got: np.ndarray, most: np.ndarray, slack, what: str, of: str) -> None:
-    """Hold one number of each row to not being larger than that of plain rounding."""
+def check_groups(
+    got: np.ndarray, most: np.ndarray, slack, what: str, of: str, entries: Callable[[int], str]
+) -> None:
+    """Hold one number of each row to not being larger than that of plain rounding.
+
+    entries: says of a row what became of its entries.
+    """
     wrong = ~(got <= most + slack)
     if wrong.any():
         row = int(wrong.argmax())
         pair = f"{got[row]:.6g}, and plain rounding has {most[row]:.6g}"
-        more = f"; {int(wrong.sum())} of {len(wrong)} rows" if wrong.sum() > 1 else ""
-        check_true(False, f"row {row}, {what} is {pair}{more}", of=of)
+        more = f"; so it is in {int(wrong.sum())} of {len(wrong)} rows" if wrong.sum() > 1 else ""
+        check_true(False, f"row {row}, {what} is {pair}; {entries(row)}{more}", of=of)
 
 
 def check_int4(weight: Tensor, quantized, group_size: int, of: str) -> None:
@@ -257,17 +276,25 @@ def check_int4(weight: Tensor, quantized, group_size: int, of: str) -> None:
     check_codes(wide(quantized.zero_points), 0, 15, "zero points", of)
     scales = wide(quantized.scales)
     check_true(np.isfinite(scales).all(), "a scale is not finite", of=of)
-    difference = wide(weight) - meaning(quantized)
+    stands_for = meaning(quantized)
+    difference = wide(weight) - stands_for
     for index in range(num_groups):
         here = slice(index * group_size, (index + 1) * group_size)
+
+        def furthest(row: int, here: slice = here) -> str:
+            column = here.start + int(np.abs(difference[row, here]).argmax())
+            pair = f"{wide(weight)[row, column]:.6g}, and stands for {stands_for[row, column]:.6g}"
+            return f"its entry {column} was {pair}"
+
         step, most = plain_rounding(wide(weight)[:, here])
         # A group of zeros may have any scale.
         used = np.where(step > 0, scales[:, index], 0)
-        check_groups(used, step, 1e-6 * step, f"group {index}: its scale", of)
+        check_groups(used, step, 1e-6 * step, f"group {index}: its scale", of, furthest)
         squares = (difference[:, here] ** 2).sum(1)
         # Float32 may move each entry by a ten-thousandth of a scale.
         slack = 1e-3 * most + group_size * (1e-4 * step) ** 2
-        check_groups(squares, most, slack, f"group {index}: the sum of its squared errors", of)
+        what = f"group {index}: the sum of its squared errors"
+        check_groups(squares, most, slack, what, of, furthest)
     if columns % 2:
         unused = quantized.packed[:, -1] >> 4
         check_equal(unused.tolist(), [0] * rows, "the unused half of the last bytes", of=of)

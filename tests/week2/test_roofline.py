@@ -95,7 +95,10 @@ def told(raw):
         "vocabulary": raw["vocab_size"],
     }
     kind = f"{raw['architectures'][0][:5]}, {'tied' if raw['tie_word_embeddings'] else 'untied'}"
-    return f"{kind}, {', '.join(f'{name} {value}' for name, value in parts.items())}"
+    config = config_of(raw)
+    flags = [name for name in ("qkv_bias", "output_bias", "qk_norm") if getattr(config, name)]
+    sizes = [f"{name} {value}" for name, value in parts.items()]
+    return ", ".join([kind, *flags, *sizes])
 
 
 def check_number(got, expected, what, of=None):

@@ -1,0 +1,424 @@
+"""The engine: requests in, text out, a step at a time."""
+
+import itertools
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from week1.generate import IncrementalDetokenizer, StopMatcher
+from week1.gqa import Attend
+from week1.qwen import Qwen, QwenConfig
+from week1.sampling import SamplingParams
+from week3.model_runner import Choice, ModelRunner, SamplingState
+from week3.paged_attention import PagedBatch, PagedKVCache, paged_attend, paged_cache_for
+from week3.prefix_caching import CachingBlockManager
+from week3.scheduler import Output, Request, Scheduler, Step
+
+__all__ = ["plan_pool", "TextStream", "Engine", "LLM"]
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100.0
+
+
+class StepFailed(Exception):
+    """The model raised in a step. request_ids: of those whose step it was; they have ended."""
+
+    def __init__(self, request_ids: Sequence[str]):
+        super().__init__(f"a step of {len(request_ids)} requests failed")
+        self.request_ids = tuple(request_ids)
+
+
+@dataclass(frozen=True)
+class GenerationParams(SamplingParams):
+    """How to continue a prompt, in the names and units of the OpenAI and vLLM interfaces.
+
+    max_tokens: at least 1. min_tokens: until so many tokens are there, no end-of-sequence token is
+    chosen. ignore_eos: end-of-sequence tokens are tokens like any other. stop: strings that end the
+    text and are not part of it. stop_token_ids: ids that do. logit_bias: id → what is added to its
+    score, in [-100, 100]. logprobs: how many of the most likely tokens are told with each token, at
+    most 20; None tells nothing. cache_salt: requests share the KV of a common beginning only with
+    those that have the same one. The others as in SamplingParams. Raises ValueError for a value
+    outside its range.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    cache_salt: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be in [0, max_tokens = {self.max_tokens}], got {self.min_tokens}"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs must be in [0, {MAX_LOGPROBS}], got {self.logprobs}")
+        for token_id, bias in self.logit_bias.items():
+            if not abs(bias) <= MAX_LOGIT_BIAS:
+                raise ValueError(f"logit_bias of {token_id} must be in [-100, 100], got {bias}")
+        if not all(self.stop):
+            raise ValueError("a stop string must have at least 1 character, got ''")
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much an engine takes on.
+
+    num_blocks, block_size: of its KV pool. max_num_seqs: how many requests run at once.
+    token_budget: tokens of one step. max_model_len: prompt and completion of a request together.
+    watermark: as in `BlockManager`. prefix_caching: whether beginnings that were computed before
+    are found again.
+    """
+
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int = 64
+    token_budget: int = 512
+    block_size: int = 16
+    watermark: int = 1
+    prefix_caching: bool = True
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What came to a request since its last delta.
+
+    text and choices are the parts that no stop string can take back any more. finish_reason: None
+    while it goes on; "stop", "length", or "abort" at its end. num_cached_tokens: of its prompt, how
+    many tokens were not computed anew.
+    """
+
+    request_id: str
+    text: str
+    choices: tuple[Choice, ...]
+    finish_reason: str | None
+    num_cached_tokens: int = 0
+
+
+@dataclass
+class Completion:
+    """One answer: its choices and text without what ended it; finish_reason as in `Delta`."""
+
+    prompt_ids: tuple[int, ...]
+    choices: list[Choice] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of the choices."""
+        return [choice.token_id for choice in self.choices]
+
+
+def plan_pool(
+    config: QwenConfig,
+    num_bytes: int,
+    itemsize: int,
+    block_size: int = 16,
+    max_model_len: int | None = None,
+) -> tuple[int, int]:
+    """Choose how many blocks a KV pool has, and how long a request may get in it.
+
+    num_bytes: what the pool may take. itemsize: bytes of one stored number. max_model_len: what is
+        asked for; None asks for the model's whole context.
+    Returns (num_blocks, max_model_len). The pool has as many blocks as num_bytes holds. Where one
+    request of the length asked for does not fit, max_model_len is what does fit.
+    Raises ValueError, which names num_bytes and the bytes of a block, when not one block fits, and
+    one that names both lengths when more is asked for than the model's max_position_embeddings.
+    """
+    context = config.max_position_embeddings
+    wanted = context if max_model_len is None else max_model_len
+    if wanted > context:
+        raise ValueError(f"max_model_len {wanted} exceeds the model's context of {context} tokens")
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    block_bytes = per_token * itemsize * block_size
+    num_blocks = num_bytes // block_bytes
+    if num_blocks < 1:
+        raise ValueError(f"a KV pool of {num_bytes} bytes has no room for a block: {block_bytes}")
+    return num_blocks, min(wanted, num_blocks * block_size)
+
+
+class TextStream:
+    """Turn the tokens of one request into what may be shown of them.
+
+    decode: see `IncrementalDetokenizer`. stop: stop strings, see `StopMatcher`.
+    Text comes out as soon as no stop string can take it back, and the choices that brought it come
+    with it: up to the first one after which all text that is out was there. So both end alike when
+    a stop string matches, and joined they are what week 1's `generate` returns.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Collection[str] = ()):
+        self._detokenizer, self._matcher = IncrementalDetokenizer(decode), StopMatcher(stop)
+        # With each choice that is not out, how many characters there were after it.
+        self._held: list[tuple[int, Choice]] = []
+        self._num_decoded = self._num_shown = self._num_covered = 0
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended the text; None as long as none did."""
+        return self._matcher.matched
+
+    def add(self, choice: Choice) -> tuple[str, list[Choice]]:
+        """Take the next token; returns the text and the choices that are certain with it."""
+        text = self._detokenizer.add(choice.token_id)
+        self._num_decoded += len(text)
+        self._held.append((self._num_decoded, choice))
+        return self._release(self._matcher.add(text))
+
+    def flush(self) -> tuple[str, list[Choice]]:
+        """End the stream; returns the text and the choices that were held back."""
+        text = self._matcher.add(self._detokenizer.flush())
+        text, choices = self._release(text + self._matcher.flush())
+        if self.matched is None:
+            choices += [choice for _, choice in self._held]
+            self._held = []
+        return text, choices
+
+    def _release(self, text: str) -> tuple[str, list[Choice]]:
+        self._num_shown += len(text)
+        if self._num_covered >= self._num_shown:
+            return text, []
+        count = 1 + bisect_left(self._held, self._num_shown, key=lambda held: held[0])
+        out, self._held = self._held[:count], self._held[count:]
+        # The last text of a stream may be bytes of a choice that is out already.
+        self._num_covered = out[-1][0] if out else self._num_shown
+        return text, [choice for _, choice in out]
+
+
+class Engine:
+    """Many requests through one model and one pool of KV blocks, a step at a time.
+
+    model, tokenizer: as loaded; the tokenizer is called for decoding only. eos_token_ids: what ends
+        an answer. limits: how much it takes on. make_attend: as in `ModelRunner`.
+        on_step: called after each step with what `record` tells of it; None costs nothing.
+    For one thread only; `AsyncEngine` is for several.
+    Raises ValueError as `Scheduler` and `BlockManager` do, for limits that do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: Qwen,
+        tokenizer: Any,
+        eos_token_ids: Collection[int],
+        limits: EngineLimits,
+        make_attend: Callable[[PagedKVCache, PagedBatch], Attend] = paged_attend,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        self.limits = limits
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self._vocab_size = model.config.vocab_size
+        self._tokenizer = tokenizer
+        self._on_step = on_step
+        self.blocks = CachingBlockManager(
+            limits.num_blocks, limits.block_size, limits.watermark, limits.prefix_caching
+        )
+        of_steps = limits.max_num_seqs, limits.token_budget, limits.max_model_len
+        self.scheduler = Scheduler(self.blocks, *of_steps)
+        cache = paged_cache_for(model, limits.num_blocks, limits.block_size)
+        self._runner = ModelRunner(model, cache, self.blocks, *of_steps, make_attend)
+        self._streams: dict[str, TextStream] = {}
+        self._num_steps = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        """How many requests wait or run."""
+        return self.scheduler.num_unfinished
+
+    def check(self, prompt_ids: Sequence[int], params: GenerationParams) -> None:
+        """Raise ValueError for what `add` would refuse whatever else runs; for any thread."""
+        limit = self.limits.max_model_len
+        if len(prompt_ids) == 0:
+            raise ValueError("the prompt is empty; it needs at least 1 token")
+        if len(prompt_ids) + 1 > limit:
+            raise ValueError(
+                f"the prompt has {len(prompt_ids)} tokens, which leaves no room for a new one: "
+                f"the context is {limit} tokens"
+            )
+        for token_id in itertools.chain(prompt_ids, params.logit_bias, params.stop_token_ids):
+            if not 0 <= token_id < self._vocab_size:
+                raise ValueError(
+                    f"token id {token_id} is outside the vocabulary of {self._vocab_size}"
+                )
+
+    def add(self, request_id: str, prompt_ids: Sequence[int], params: GenerationParams) -> None:
+        """Let a request wait for its first step.
+
+        Raises ValueError, with nothing changed, for what `check` refuses, and when a request with
+        its id has not ended.
+        """
+        self.check(prompt_ids, params)
+        ending = frozenset() if params.ignore_eos else self.eos_token_ids
+        ending |= frozenset(params.stop_token_ids)
+        self.scheduler.add(
+            Request(request_id, prompt_ids, params.max_tokens, ending, params.cache_salt)
+        )
+        state = SamplingState(
+            params,
+            prompt_ids,
+            params.logit_bias,
+            params.min_tokens,
+            ending,
+            params.logprobs,
+        )
+        self._runner.add(request_id, state)
+        self._streams[request_id] = TextStream(self._decode, params.stop)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; nothing comes out for it from now on. An unknown id is no error."""
+        self.scheduler.abort(request_id)
+        self._forget(request_id)
+
+    def step(self) -> list[Delta]:
+        """Compute one step; returns what came to the requests that have something to show.
+
+        Raises StepFailed when the model raises: the requests of the step have ended, without a
+        delta; the others go on with the next step.
+        """
+        start = time.perf_counter()
+        step = self.scheduler.schedule()
+        if not step.parts:
+            return []
+        planned = time.perf_counter()
+        try:
+            chosen = self._runner.execute(step)
+        except Exception as error:
+            self._give_up(step, error)
+        computed = time.perf_counter()
+        # Asked before `update`, after which the scheduler knows nothing of those that ended.
+        cached = {name: self.scheduler.num_cached(name) for name in chosen}
+        outputs = self.scheduler.update(
+            step, {request_id: (choice.token_id,) for request_id, choice in chosen.items()}
+        )
+        deltas = [self._delta(output, chosen, cached) for output in outputs]
+        deltas = [delta for delta in deltas if delta.text or delta.choices or delta.finish_reason]
+        if self._on_step is not None:
+            times = start, planned, computed, time.perf_counter()
+            self._on_step(self._record(step, deltas, times))
+        self._num_steps += 1
+        return deltas
+
+    def _give_up(self, step: Step, error: Exception) -> NoReturn:
+        request_ids = [part.request_id for part in step.parts]
+        for request_id in request_ids:
+            self.abort(request_id)
+        # Nothing of an aborted request is published, so that no KV is found that is not there.
+        self.scheduler.update(step, {})
+        raise StepFailed(request_ids) from error
+
+    def _delta(
+        self, output: Output, chosen: Mapping[str, Choice], cached: Mapping[str, int]
+    ) -> Delta:
+        request_id, finish_reason = output.request_id, output.finish_reason
+        stream = self._streams[request_id]
+        text, shown = "", []
+        if output.token_ids:
+            text, shown = stream.add(chosen[request_id])
+            if stream.matched is not None:
+                finish_reason = "stop"
+                self.scheduler.abort(request_id)
+        if finish_reason is not None:
+            piece, certain = stream.flush()
+            text, shown = text + piece, shown + certain
+            self._forget(request_id)
+        return Delta(request_id, text, tuple(shown), finish_reason, cached[request_id])
+
+    def _record(
+        self, step: Step, deltas: Sequence[Delta], times: Sequence[float]
+    ) -> dict[str, Any]:
+        """Describe a step for a trace; docs of the fields: sessions/week3/trace.md."""
+        start, planned, computed, done = times
+        return {
+            "step": self._num_steps,
+            "time": start,
+            "schedule_s": planned - start,
+            "execute_s": computed - planned,
+            "update_s": done - computed,
+            "parts": [
+                {
+                    "request_id": part.request_id,
+                    "num_computed_tokens": part.num_computed_tokens,
+                    "num_tokens": len(part.token_ids),
+                    "catches_up": part.catches_up,
+                    "block_table": list(self.blocks.block_table(part.request_id)),
+                }
+                for part in step.parts
+            ],
+            "preempted": list(step.preempted),
+            "finished": {d.request_id: d.finish_reason for d in deltas if d.finish_reason},
+            "num_waiting": self.scheduler.num_waiting,
+            "num_running": self.scheduler.num_running,
+            "num_free_blocks": self.blocks.num_free_blocks,
+            "num_cached_blocks": self.blocks.num_cached_blocks,
+            "num_prompt_tokens": self.scheduler.num_prompt_tokens,
+            "num_cached_tokens": self.scheduler.num_cached_tokens,
+        }
+
+    def _forget(self, request_id: str) -> None:
+        self._runner.remove(request_id)
+        self._streams.pop(request_id, None)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+class LLM:
+    """Answer a list of prompts, together.
+
+    model, tokenizer, eos_token_ids, limits, make_attend: as in `Engine`.
+    """
+
+    def __init__(
+        self,
+        model: Qwen,
+        tokenizer: Any,
+        eos_token_ids: Collection[int],
+        limits: EngineLimits,
+        make_attend: Callable[[PagedKVCache, PagedBatch], Attend] = paged_attend,
+    ):
+        self._tokenizer = tokenizer
+        self.engine = Engine(model, tokenizer, eos_token_ids, limits, make_attend)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: GenerationParams | Sequence[GenerationParams],
+        show_progress: bool = False,
+    ) -> list[Completion]:
+        """Continue prompts; returns their completions in the same order.
+
+        prompts: texts, or ids. params: for all of them, or one for each. show_progress: draw a bar.
+        Raises ValueError, before any step, when the numbers of prompts and params differ, and for
+        what `Engine.check` refuses.
+        """
+        every = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
+        if len(every) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts, and params for {len(every)}")
+        ids = [self._encode(prompt) for prompt in prompts]
+        for prompt_ids, wanted in zip(ids, every, strict=True):
+            self.engine.check(prompt_ids, wanted)
+        completions = [Completion(tuple(prompt_ids)) for prompt_ids in ids]
+        for i, (prompt_ids, wanted) in enumerate(zip(ids, every, strict=True)):
+            self.engine.add(str(i), prompt_ids, wanted)
+        with tqdm(total=len(prompts), disable=not show_progress, unit="prompt") as bar:
+            while self.engine.num_unfinished:
+                for delta in self.engine.step():
+                    completion = completions[int(delta.request_id)]
+                    completion.choices += delta.choices
+                    completion.text += delta.text
+                    completion.finish_reason = delta.finish_reason
+                    bar.update(delta.finish_reason is not None)
+        return completions
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        return self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
