@@ -24,6 +24,8 @@ NUM_TESTS = {
     "week2/quantization": 219,
     "week2/flash_decoding": 208,
     "week2/continuous_batching": 241,
+    "week3/block_manager": 293,
+    "week3/prefix_caching": 230,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,
