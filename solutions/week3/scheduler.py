@@ -181,10 +181,10 @@ class Scheduler:
         return self._progress[request_id].num_cached_tokens
 
     def schedule(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> Step:
-        """Plan a step, and hold the blocks that it needs.
+        """Plan a step, and hold the blocks of its tokens.
 
         drafts: request_id → guesses of the tokens that follow those it has. Guesses for a request
-            that does not catch up in this step, or that has ended, are dropped.
+            that waited until now, does not catch up in this step, or has ended, are dropped.
         First come those that run, in the order in which they began. Each gets all tokens that it
         lacks; then guesses, as many as leave one token of the budget for everybody behind it, keep
         prompt and completion within max_tokens and max_model_len whatever is accepted, and find
@@ -249,10 +249,8 @@ class Scheduler:
             available = budget - (len(self._running) - position)
             guesses = drafts.get(progress.request.request_id, ())
             part = self._part(progress, available, guesses)
-            if not self._hold(part):
-                part = self._part(progress, available)
-                while not self._hold(part) and progress.is_running:
-                    preempted.append(self._preempt_youngest())
+            while not self._hold(part) and progress.is_running:
+                preempted.append(self._preempt_youngest())
             if progress.is_running:
                 parts.append(part)
                 budget -= len(part.token_ids)
@@ -263,13 +261,17 @@ class Scheduler:
         return self._blocks.allocate(part.request_id, num_tokens)
 
     def _part(self, progress: "_Progress", budget: int, drafts: Sequence[int] = ()) -> Scheduled:
-        start = progress.num_computed_tokens
+        start, request_id = progress.num_computed_tokens, progress.request.request_id
         token_ids = tuple(progress.token_ids[start : start + budget])
-        catches_up = start + len(token_ids) == len(progress.token_ids)
-        # One token more than the guesses that are accepted is chosen.
-        room = min(budget - len(token_ids), self._limit(progress) - len(progress.token_ids) - 1)
+        end = start + len(token_ids)
+        catches_up = end == len(progress.token_ids)
+        num_blocks = len(self._blocks.block_table(request_id)) + self._blocks.num_free_blocks
+        room = min(
+            budget - len(token_ids),
+            self._limit(progress) - end - 1,  # one token more than the guesses accepted is chosen
+            num_blocks * self._blocks.block_size - end,
+        )
         guesses = tuple(drafts[:room]) if catches_up and room > 0 else ()
-        request_id = progress.request.request_id
         return Scheduled(request_id, start, token_ids + guesses, len(guesses), catches_up)
 
     def _preempt_youngest(self) -> str:
