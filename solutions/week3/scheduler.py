@@ -189,9 +189,9 @@ class Scheduler:
         lacks; then guesses, as many as leave one token of the budget for everybody behind it, keep
         prompt and completion within max_tokens and max_model_len whatever is accepted, and find
         free blocks. The last one may get less than it lacks.
-        Who lacks a token and finds no free block takes those of the one that began last, again and
-        again until there is one, and gets no guesses. That one may be itself. Who lost its blocks
-        waits, as the first one, with all of its tokens and none of them computed.
+        Who finds no free block for the tokens that it lacks takes those of the one that began last,
+        again and again until there is one, and gets no guesses. That one may be itself. Who lost
+        its blocks waits, as the first one, with all of its tokens and none of them computed.
         Then, unless somebody lost blocks in this step, those that wait, in their order, as long as
         fewer than max_num_seqs run, budget is left, and the next one is admitted by
         `can_admit` for all tokens that it has. What the pool has of their beginning is not computed
