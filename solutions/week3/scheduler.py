@@ -202,7 +202,7 @@ class Scheduler:
         parts: list[Scheduled] = []
         preempted = self._schedule_running(parts, drafts)
         if not preempted:
-            self._admit(parts)
+            self._schedule_waiting(parts)
         return Step(tuple(parts), tuple(preempted))
 
     def update(self, step: Step, chosen: Mapping[str, Sequence[int]]) -> list[Output]:
@@ -284,12 +284,12 @@ class Scheduler:
         self.num_preemptions += 1
         return progress.request.request_id
 
-    def _admit(self, parts: list[Scheduled]) -> None:
+    def _schedule_waiting(self, parts: list[Scheduled]) -> None:
         """Plan those that wait, with what the others leave of the budget."""
         budget = self._token_budget - sum(len(part.token_ids) for part in parts)
         while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
             progress = self._waiting[0]
-            self._hash(progress)
+            self._extend_hashes(progress)
             num_tokens = len(progress.token_ids)
             prefix = self._blocks.match(progress.hashes, num_tokens)
             if not self._blocks.can_admit(num_tokens, prefix):
@@ -333,13 +333,13 @@ class Scheduler:
         request = progress.request
         return min(len(request.prompt_ids) + request.max_tokens, self._max_model_len)
 
-    def _hash(self, progress: "_Progress") -> None:
+    def _extend_hashes(self, progress: "_Progress") -> None:
         if self._blocks.enabled:
             salt = progress.request.cache_salt
             extend_hashes(progress.hashes, progress.token_ids, self._blocks.block_size, salt)
 
     def _publish(self, progress: "_Progress") -> None:
-        self._hash(progress)
+        self._extend_hashes(progress)
         request_id = progress.request.request_id
         self._blocks.publish(request_id, progress.hashes, progress.num_computed_tokens)
 

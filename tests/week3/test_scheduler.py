@@ -585,7 +585,7 @@ def test_schedule_several_prompts_in_one_step(token_budget):
     play(script, (20, 4), 6, token_budget)
 
 
-# Case 10 of what an engine must survive: chunks of any size give the same tokens.
+# Chunks of any size give the same tokens.
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 8, 9, 16, 17])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 20])
 def test_chunks_of_any_size(chunk, num_tokens):
@@ -636,7 +636,7 @@ def test_schedule_uses_what_is_left_of_the_budget():
     play(script, (40, 4), 8, 10)
 
 
-# Case 11: prompts that arrive without end.
+# Prompts that arrive without end.
 @pytest.mark.parametrize("token_budget", [4, 5, 7, 16])
 def test_prompts_without_end_never_stall_a_running_request(token_budget):
     desk = Desk((60, 4), 4, token_budget)
@@ -679,7 +679,7 @@ CROWDS = {
 }
 
 
-# Case 3: the pool runs out while requests grow.
+# The pool runs out while requests grow.
 @pytest.mark.parametrize("case", CROWDS)
 @pytest.mark.parametrize("pool", [(8, 2), (5, 4), (20, 1)], ids=str)
 def test_preempt_when_the_pool_runs_out(pool, case):
@@ -744,7 +744,7 @@ def test_preempted_requests_count_once_as_a_hit():
     assert desk.oracle.counts["num_cached_tokens"] > 0
 
 
-# Case 2: what cannot fit is refused; what fits begins, however long others were in front of it.
+# What cannot fit is refused; what fits begins, however long others were in front of it.
 @pytest.mark.parametrize("watermark", [0, 1, 3, 9])
 def test_admit_a_prompt_that_fills_the_pool(watermark):
     script = "add a 3 4, add full 15 1, add b 2 3, add c 2 3"
@@ -761,14 +761,14 @@ def test_admit_for_all_tokens_not_for_the_first_chunk():
     play("add a 3 9, step, add long 14 2, add b 1 2", (8, 2), 3, 4, 16)
 
 
-# Case 6: a prompt whose beginning is in the pool, and too few free blocks for its rest.
+# A prompt whose beginning is in the pool, and too few free blocks for its rest.
 @pytest.mark.parametrize("num_blocks", [7, 8, 9, 10])
 def test_admit_changes_nothing_where_it_fails(num_blocks):
     script = "add x 8 1, step, add a 9 4 like x, step, add b 13 3 like x, step, add c 1 2"
     play(script, (num_blocks, 2), 4, 20, 14)
 
 
-# Case 5: the whole prompt is in the pool, to its last block.
+# The whole prompt is in the pool, to its last block.
 @pytest.mark.parametrize("num_tokens", [3, 4, 5, 7, 8, 9, 12])
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 def test_prefix_of_the_whole_prompt(block_size, num_tokens):
@@ -799,7 +799,7 @@ def test_prefix_of_who_has_stopped(stops):
     play(f"add a 5 9 stops {stops}, step 6, add b 5 7 like a, add c 9 2 like a", (20, 2), 2, 20)
 
 
-# Case 9: two identical prompts in one step, each with blocks of its own.
+# Two identical prompts in one step, each with blocks of its own.
 @pytest.mark.parametrize("num_tokens", [4, 7, 8])
 def test_prefix_that_two_compute_in_one_step(num_tokens):
     script = (
@@ -916,7 +916,7 @@ ABORTS = {
 }
 
 
-# Case 12: an abort at any time; blocks are given back once, and nothing comes out any more.
+# An abort at any time; blocks are given back once, and nothing comes out any more.
 @pytest.mark.parametrize("case", ABORTS)
 @pytest.mark.parametrize("max_num_seqs", [2, 4])
 def test_abort_between_steps(max_num_seqs, case):
@@ -1001,7 +1001,7 @@ def test_scheduler_takes_what_just_fits(limits):
     play("add a 1 60, add b 1 2, step, add c 1 3", (10, 4), *limits)
 
 
-# Case 1: a prompt without room for one token is refused at once, and the others go on.
+# A prompt without room for one token is refused at once, and the others go on.
 @pytest.mark.parametrize("num_tokens", [10, 11, 200])
 def test_add_refuses_a_prompt_that_never_fits(num_tokens):
     desk = Desk((20, 2), 2, 4, 10)
@@ -1016,7 +1016,7 @@ def test_add_refuses_a_prompt_that_never_fits(num_tokens):
     desk.drain()
 
 
-# Case 13: an id that is taken.
+# An id that is taken.
 @pytest.mark.parametrize("when", ["waiting", "running", "preempted", "aborted"])
 def test_add_refuses_an_id_that_is_taken(when):
     desk = Desk((6, 2), 1 if when == "waiting" else 2, 8, 10)
