@@ -218,7 +218,6 @@ class Memory:
         self.check_read(job, states[: share.start])
         for position in range(share.start, len(ids)):
             self.write(job, position, states[position])
-        self.remember(job, ids, states)
         if not share.catches_up:
             return []
         chosen = []
@@ -250,8 +249,10 @@ class Memory:
         check_true(count == 1, text, of=self.of)
         self.slots[slot] = state
 
-    def remember(self, job: Job, ids: Sequence[int], states: list[tuple[str, int]]) -> None:
-        size = self.pool.block_size
+    def expect(self, job: Job, share: Share) -> None:
+        """Remember what the blocks of a sequence must hold whenever they can be found."""
+        ids, size = job.ids[: share.start] + share.token_ids, self.pool.block_size
+        states = [(job.salt, crc) for crc in hashes_of(ids)]
         for i, block_hash in enumerate(block_hashes(ids, size, job.salt)):
             self.contents[block_hash] = states[i * size : (i + 1) * size]
 
@@ -268,11 +269,9 @@ class Memory:
                 ]
                 text = f"block {block_id} can be found under tokens whose KV is not in it"
                 check_true(held == states, text, of=self.of)
-        text = (
-            f"{self.pool.num_cached_blocks} blocks can be found, {num_found} of them under a hash "
-            "of tokens that were ever computed"
-        )
-        check_true(num_found == self.pool.num_cached_blocks, text, of=self.of)
+        num_cached = self.pool.num_cached_blocks
+        text = f"of {num_cached} blocks that can be found, {num_found} are found by their tokens"
+        check_true(num_found == num_cached, text, of=self.of)
 
 
 def hashes_of(ids: Sequence[int]) -> Iterator[int]:
@@ -361,6 +360,8 @@ class Desk:
         text = f"schedule{guesses_text(drafts)}: {told(step)}; free blocks"
         self.of.note(text, self.pool.num_free_blocks)
         shares, preempted = self.oracle.plan(copied, drafts)
+        for request_id, share in shares.items():
+            self.memory.expect(self.oracle.find(request_id), share)
         self.check_pool()
         self.check_step(step, shares, preempted)
         for request_id in self.names:
@@ -627,8 +628,8 @@ def test_schedule_lets_nobody_overtake_a_long_prompt():
 
 
 def test_schedule_lets_nobody_overtake_who_waits_for_blocks():
-    script = "add a 9 5, step, add long 20 2, add b 1 2, add c 1 2, step, add d 1 1"
-    play(script, (7, 4), 4, 40)
+    script = "add a 13 5, step, add long 22 2, add b 1 2, add c 1 2, step, add d 1 1"
+    play(script, (9, 4), 4, 40)
 
 
 def test_schedule_uses_what_is_left_of_the_budget():
@@ -668,7 +669,7 @@ def test_schedule_takes_any_collection_of_end_of_sequence_ids():
     desk.drain()
 
 
-# Two requests whose prompts fill the pool, and who grows first; a third one waits behind them.
+# More than the pool can hold when all of them grow.
 CROWDS = {
     "two": "add a 4 9, add b 4 9, step, add c 2 3",
     "three": "add a 3 9, add b 3 9, add c 3 9, step, add d 2 3",
@@ -827,7 +828,7 @@ def test_prefix_without_a_cache():
     play("add a 9 3, step, add b 9 3 like a, add c 5 2 like a", (20, 2, 0, False), 4, 30)
 
 
-# Guesses, by how many of them come true; "+" alone is accepted to the end.
+# Guesses for a step: + comes true, - does not.
 GUESSES = ["+", "-", "++", "+-", "-+", "++++", "++-+", "+++++++++"]
 
 
