@@ -169,16 +169,15 @@ class Scheduler:
         drafts: request_id → guesses of the tokens that follow those it has. Guesses for a request
             that waited until now, does not catch up in this step, or has ended, are dropped.
         First come those that run, in the order in which they began. Each gets all tokens that it
-        lacks; then guesses, as many as leave one token of the budget for everybody behind it, keep
-        prompt and completion within max_tokens and max_model_len whatever is accepted, and find
-        free blocks. The last one may get less than it lacks.
-        Who finds no free block for the tokens that it lacks takes those of the one that began last,
-        again and again until there is one, and gets no guesses. That one may be itself. Who lost
-        its blocks waits, as the first one, with all of its tokens and none of them computed.
-        Then, unless somebody lost blocks in this step, those that wait, in their order, as long as
-        fewer than max_num_seqs run, budget is left, and the next one is admitted by
-        `can_admit` for all tokens that it has. What the pool has of their beginning is not computed
-        again.
+        lacks; the last one may get less. Who finds no free block for them takes those of the one
+        that began last, again and again until there is one. That one may be itself. Who lost its
+        blocks waits, as the first one, with all of its tokens and none of them computed.
+        When somebody lost blocks, this is the step. Otherwise, what is left of the budget and of
+        the free blocks goes to guesses, in the same order: to as many as keep prompt and completion
+        within max_tokens and max_model_len whatever is accepted.
+        Then come those that wait, in their order, as long as fewer than max_num_seqs run, budget is
+        left, and the next one is admitted by `can_admit` for all tokens that it has. What the pool
+        has of their beginning is not computed again.
         Returns the step; it has no parts when nobody waits or runs. `update` comes next.
         """
         raise NotImplementedError(

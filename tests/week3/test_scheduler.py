@@ -109,11 +109,12 @@ class Oracle:
         shares, preempted = {}, []
         for job in list(self.running):
             if job in self.running:
-                behind = len(self.running) - 1 - self.running.index(job)
-                left = self._left(shares) - behind
-                share = self._share(pool, job, left, drafts.get(job.request_id, []), preempted)
+                share = self._share(pool, job, self._left(shares), preempted)
                 shares |= {job.request_id: share} if share else {}
         if not preempted:
+            for request_id, share in shares.items():
+                guesses = drafts.get(request_id, []) if share.catches_up else []
+                shares[request_id] = self._guess(pool, share, guesses, request_id, shares)
             self._admit(pool, shares)
         return shares, preempted
 
@@ -123,19 +124,10 @@ class Oracle:
     def _left(self, shares: dict[str, Share]) -> int:
         return self.token_budget - sum(len(share.token_ids) for share in shares.values())
 
-    def _share(
-        self, pool, job: Job, left: int, guesses: list[int], preempted: list[str]
-    ) -> Share | None:
+    def _share(self, pool, job: Job, left: int, preempted: list[str]) -> Share | None:
         """Find what one that runs computes; None when it lost its own blocks."""
         start = job.num_computed
         token_ids = job.ids[start : start + left]
-        catches_up = start + len(token_ids) == len(job.ids)
-        for num_drafts in range(len(guesses) if catches_up else 0, 0, -1):
-            in_budget = len(token_ids) + num_drafts <= left
-            in_limit = len(job.ids) + num_drafts + 1 <= self.limit(job)
-            end = len(job.ids) + num_drafts
-            if in_budget and in_limit and pool.allocate(job.request_id, end):
-                return Share(start, token_ids + guesses[:num_drafts], num_drafts, True)
         while not pool.allocate(job.request_id, start + len(token_ids)):
             victim = self.running.pop()
             pool.free(victim.request_id)
@@ -145,7 +137,20 @@ class Oracle:
             preempted.append(victim.request_id)
             if victim is job:
                 return None
-        return Share(start, token_ids, 0, catches_up)
+        return Share(start, token_ids, 0, start + len(token_ids) == len(job.ids))
+
+    def _guess(
+        self, pool, share: Share, guesses: list[int], request_id: str, shares: dict[str, Share]
+    ) -> Share:
+        """Try as many guesses as there are, then fewer and fewer."""
+        job = self.find(request_id)
+        for num_drafts in range(len(guesses), 0, -1):
+            in_budget = num_drafts <= self._left(shares)
+            in_limit = len(job.ids) + num_drafts + 1 <= self.limit(job)
+            if in_budget and in_limit and pool.allocate(request_id, len(job.ids) + num_drafts):
+                token_ids = share.token_ids + guesses[:num_drafts]
+                return Share(share.start, token_ids, num_drafts, True)
+        return share
 
     def _admit(self, pool, shares: dict[str, Share]) -> None:
         while self.waiting and len(self.running) < self.max_num_seqs and self._left(shares) > 0:

@@ -118,35 +118,34 @@ class Scheduler:
         """Go through the list from the front."""
         self._forget_dead()
         parts, preempted, left, i = [], [], self.budget, 0
-        guesses = dict(drafts or {})
         while i < self.num_running:
             entry = self.everybody[i]
-            here = left - (self.num_running - i - 1)
-            part = self._grow(entry, here, guesses.get(entry.name, []))
-            if part is None:
-                guesses[entry.name] = []
+            known = entry.ids[entry.done :][:left]
+            if not self.blocks.allocate(entry.name, entry.done + len(known)):
                 preempted.append(self._shrink())
                 continue
-            parts.insert(0, part)
-            left -= len(part.token_ids)
+            parts.append(Scheduled(entry, known, []))
+            left -= len(known)
             i += 1
+        if not preempted:
+            for i, part in enumerate(parts):
+                parts[i] = self._guess(self.everybody[i], part, (drafts or {}), left)
+                left -= parts[i].num_drafts
         while not preempted and self.num_waiting and left and self.num_running < self.at_most:
             part = self._begin(self.everybody[self.num_running], left)
             if part is None:
                 break
-            parts.insert(0, part)
+            parts.append(part)
             left -= len(part.token_ids)
         self.under_way = True
-        return Step(parts, preempted)
+        return Step(parts[::-1], preempted)
 
-    def _grow(self, entry: Entry, left: int, guesses: Sequence[int]) -> Scheduled | None:
-        known = entry.ids[entry.done :][:left]
-        end = entry.done + len(known)
-        most = min(len(guesses), left - len(known), entry.goal - end - 1)
-        for count in [*range(most, 0, -1), 0]:
-            if self.blocks.allocate(entry.name, end + count):
-                return Scheduled(entry, known, guesses[:count])
-        return None
+    def _guess(self, entry: Entry, part: Scheduled, drafts, left: int) -> Scheduled:
+        guesses = drafts.get(entry.name, []) if part.catches_up else []
+        for count in range(min(len(guesses), left, entry.goal - len(entry.ids) - 1), 0, -1):
+            if self.blocks.allocate(entry.name, len(entry.ids) + count):
+                return Scheduled(entry, part.token_ids, guesses[:count])
+        return part
 
     def _shrink(self) -> str:
         self.num_running -= 1
@@ -168,7 +167,9 @@ class Scheduler:
             self.num_prompt_tokens += len(entry.ids)
             self.num_cached_tokens += entry.done
         self.num_running += 1
-        return self._grow(entry, left, [])
+        known = entry.ids[entry.done :][:left]
+        self.blocks.allocate(entry.name, entry.done + len(known))
+        return Scheduled(entry, known, [])
 
     def update(self, step: Step, chosen: Mapping[str, Sequence[int]]) -> list[Output]:
         """Move everybody on."""
