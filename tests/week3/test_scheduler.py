@@ -397,7 +397,7 @@ class Desk:
             check_equal(part.num_computed_tokens, share.start, what, of=self.of)
             check_equal(part.num_drafts, share.num_drafts, f"num_drafts {of_it}", of=self.of)
             what = f"the token_ids {of_it}"
-            check_equal(list(part.token_ids), share.token_ids, what, of=self.of)
+            check_equal(part.token_ids, tuple(share.token_ids), what, of=self.of)
             check_equal(part.catches_up, share.catches_up, f"catches_up {of_it}", of=self.of)
 
     def update(self, step, shares: dict[str, Share], chosen: dict) -> dict[str, tuple]:
@@ -426,7 +426,7 @@ class Desk:
     def check_outputs(self, outputs: list, expected: dict[str, tuple]) -> None:
         ids = [output.request_id for output in outputs]
         check_equal(sorted(ids), sorted(expected), "whose outputs update returns", of=self.of)
-        got = {o.request_id: (tuple(o.token_ids), o.finish_reason) for o in outputs}
+        got = {o.request_id: (o.token_ids, o.finish_reason) for o in outputs}
         what = "(token_ids, finish_reason) of each output"
         check_equal(in_order(got, expected), expected, what, of=self.of)
 

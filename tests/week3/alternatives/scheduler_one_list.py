@@ -28,7 +28,7 @@ class Scheduled:
 
     def __init__(self, entry: "Entry", known: Sequence[int], guesses: Sequence[int]):
         self.request_id, self.num_computed_tokens = entry.name, entry.done
-        self.token_ids, self.num_drafts = [*known, *guesses], len(guesses)
+        self.token_ids, self.num_drafts = (*known, *guesses), len(guesses)
         self.catches_up = entry.done + len(known) == len(entry.ids)
 
 
@@ -43,7 +43,7 @@ class Output:
     """What came out."""
 
     def __init__(self, request_id: str, token_ids: list[int], finish_reason: str | None):
-        self.request_id, self.token_ids = request_id, token_ids
+        self.request_id, self.token_ids = request_id, tuple(token_ids)
         self.finish_reason = finish_reason
 
 
