@@ -380,6 +380,33 @@ def rows_taken() -> Figure:
     return figure
 
 
+def blocks_held() -> Figure:
+    """Let three requests grow in a pool of seven blocks of four, until one of them gives way."""
+    from week3.prefix_caching import CachingBlockManager
+    from week3.scheduler import Request, Scheduler
+
+    blocks = CachingBlockManager(7, 4, enabled=False)
+    scheduler = Scheduler(blocks, max_num_seqs=3, token_budget=24, max_model_len=28)
+    requests = {"A": (7, 10), "B": (6, 8), "C": (5, 7)}
+    for name, (num_tokens, num_new) in requests.items():
+        scheduler.add(Request(name, [0] * num_tokens, num_new))
+    figure, ax = pyplot.subplots(figsize=(6.4, 3), layout="constrained")
+    num_steps = 0
+    while scheduler.num_unfinished:
+        step = scheduler.schedule()
+        for name, colour in zip(requests, COLOURS, strict=False):
+            for block_id in blocks.block_table(name):
+                _cell(ax, num_steps, block_id, name, colour, "white")
+        for name in step.preempted:
+            ax.text(num_steps, -0.95, f"{name} waits", ha="center", va="center", color=INK)
+        scheduler.update(step, {part.request_id: [0] for part in step.parts if part.catches_up})
+        num_steps += 1
+    ax.set(xlim=(-0.6, num_steps - 0.4), ylim=(6.6, -1.4), xlabel="step", ylabel="block")
+    ax.set_xticks(range(num_steps))
+    ax.set_yticks(range(7))
+    return figure
+
+
 def _schedule(
     requests: dict[str, tuple[int, int, int]], budget: int, num_rows: int
 ) -> list[list[Any]]:
@@ -414,6 +441,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "block_table": block_table,
     "mixed_batch": mixed_batch,
     "rows_taken": rows_taken,
+    "blocks_held": blocks_held,
 }
 
 

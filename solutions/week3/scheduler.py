@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from week3.prefix_caching import CachingBlockManager, extend_hashes
@@ -181,27 +181,28 @@ class Scheduler:
         return self._progress[request_id].num_cached_tokens
 
     def schedule(self, drafts: Mapping[str, Sequence[int]] = NO_DRAFTS) -> Step:
-        """Plan a step, and hold the blocks that it needs.
+        """Plan a step, and hold the blocks of its tokens.
 
         drafts: request_id → guesses of the tokens that follow those it has. Guesses for a request
-            that does not catch up in this step, or that has ended, are dropped.
+            that waited until now, does not catch up in this step, or has ended, are dropped.
         First come those that run, in the order in which they began. Each gets all tokens that it
-        lacks; then guesses, as many as leave one token of the budget for everybody behind it, keep
-        prompt and completion within max_tokens and max_model_len whatever is accepted, and find
-        free blocks without taking any from others. The last one may get less than it lacks.
-        Who runs and finds no free block takes those of the one that began last, that may be itself;
-        it then waits, as the first one, with none of its tokens computed.
-        Then, unless somebody lost blocks in this step, those that wait, in their order, as long as
-        fewer than max_num_seqs run, budget is left, and the next one is admitted by
-        `can_admit` for all tokens that it has. What the pool has of their beginning is not computed
-        again.
+        lacks; the last one may get less. Who finds no free block for them takes those of the one
+        that began last, again and again until there is one. That one may be itself. Who lost its
+        blocks waits, as the first one, with all of its tokens and none of them computed.
+        When somebody lost blocks, this is the step. Otherwise, what is left of the budget and of
+        the free blocks goes to guesses, in the same order: to as many as keep prompt and completion
+        within max_tokens and max_model_len whatever is accepted.
+        Then come those that wait, in their order, as long as fewer than max_num_seqs run, budget is
+        left, and the next one is admitted by `can_admit` for all tokens that it has. What the pool
+        has of their beginning is not computed again.
         Returns the step; it has no parts when nobody waits or runs. `update` comes next.
         """
         self._drop_aborted()
         parts: list[Scheduled] = []
-        preempted = self._schedule_running(parts, drafts)
+        preempted = self._schedule_running(parts)
         if not preempted:
-            self._admit(parts)
+            self._add_guesses(parts, drafts)
+            self._schedule_waiting(parts)
         return Step(tuple(parts), tuple(preempted))
 
     def update(self, step: Step, chosen: Mapping[str, Sequence[int]]) -> list[Output]:
@@ -235,42 +236,48 @@ class Scheduler:
                 self._end(progress)
         return outputs
 
-    def _schedule_running(
-        self, parts: list[Scheduled], drafts: Mapping[str, Sequence[int]]
-    ) -> list[str]:
-        """Plan those that run; returns the ids of those that lost their blocks."""
+    def _schedule_running(self, parts: list[Scheduled]) -> list[str]:
+        """Plan what those that run lack; returns the ids of those that lost their blocks."""
         preempted: list[str] = []
         budget = self._token_budget
         position = 0
         while position < len(self._running):
             progress = self._running[position]
             position += 1
-            # One token is kept for everybody behind.
-            available = budget - (len(self._running) - position)
-            guesses = drafts.get(progress.request.request_id, ())
-            part = self._part(progress, available, guesses)
-            if not self._hold(part):
-                part = self._part(progress, available)
-                while not self._hold(part) and progress.is_running:
-                    preempted.append(self._preempt_youngest())
+            part = self._part(progress, budget)
+            while not self._hold(part) and progress.is_running:
+                preempted.append(self._preempt_youngest())
             if progress.is_running:
                 parts.append(part)
                 budget -= len(part.token_ids)
         return preempted
 
+    def _part(self, progress: "_Progress", budget: int) -> Scheduled:
+        start = progress.num_computed_tokens
+        token_ids = tuple(progress.token_ids[start : start + budget])
+        catches_up = start + len(token_ids) == len(progress.token_ids)
+        return Scheduled(progress.request.request_id, start, token_ids, 0, catches_up)
+
     def _hold(self, part: Scheduled) -> bool:
         num_tokens = part.num_computed_tokens + len(part.token_ids)
         return self._blocks.allocate(part.request_id, num_tokens)
 
-    def _part(self, progress: "_Progress", budget: int, drafts: Sequence[int] = ()) -> Scheduled:
-        start = progress.num_computed_tokens
-        token_ids = tuple(progress.token_ids[start : start + budget])
-        catches_up = start + len(token_ids) == len(progress.token_ids)
-        # One token more than the guesses that are accepted is chosen.
-        room = min(budget - len(token_ids), self._limit(progress) - len(progress.token_ids) - 1)
-        guesses = tuple(drafts[:room]) if catches_up and room > 0 else ()
-        request_id = progress.request.request_id
-        return Scheduled(request_id, start, token_ids + guesses, len(guesses), catches_up)
+    def _add_guesses(self, parts: list[Scheduled], drafts: Mapping[str, Sequence[int]]) -> None:
+        """Add guesses to what those that run compute, with what they leave of budget and blocks."""
+        # Where somebody does not catch up, nothing is left.
+        budget = self._token_budget - sum(len(part.token_ids) for part in parts)
+        for i, part in enumerate(parts):
+            end = part.num_computed_tokens + len(part.token_ids)
+            num_blocks = len(self._blocks.block_table(part.request_id))
+            num_slots = (num_blocks + self._blocks.num_free_blocks) * self._blocks.block_size
+            # One token more than the guesses that are accepted is chosen.
+            limit = self._limit(self._progress[part.request_id]) - 1
+            room = min(budget, limit - end, num_slots - end)
+            guesses = tuple(drafts.get(part.request_id, ())[: max(room, 0)])
+            token_ids = part.token_ids + guesses
+            parts[i] = replace(part, token_ids=token_ids, num_drafts=len(guesses))
+            self._hold(parts[i])
+            budget -= len(guesses)
 
     def _preempt_youngest(self) -> str:
         progress = self._running.pop()
@@ -280,12 +287,12 @@ class Scheduler:
         self.num_preemptions += 1
         return progress.request.request_id
 
-    def _admit(self, parts: list[Scheduled]) -> None:
+    def _schedule_waiting(self, parts: list[Scheduled]) -> None:
         """Plan those that wait, with what the others leave of the budget."""
         budget = self._token_budget - sum(len(part.token_ids) for part in parts)
         while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
             progress = self._waiting[0]
-            self._hash(progress)
+            self._extend_hashes(progress)
             num_tokens = len(progress.token_ids)
             prefix = self._blocks.match(progress.hashes, num_tokens)
             if not self._blocks.can_admit(num_tokens, prefix):
@@ -329,13 +336,13 @@ class Scheduler:
         request = progress.request
         return min(len(request.prompt_ids) + request.max_tokens, self._max_model_len)
 
-    def _hash(self, progress: "_Progress") -> None:
+    def _extend_hashes(self, progress: "_Progress") -> None:
         if self._blocks.enabled:
             salt = progress.request.cache_salt
             extend_hashes(progress.hashes, progress.token_ids, self._blocks.block_size, salt)
 
     def _publish(self, progress: "_Progress") -> None:
-        self._hash(progress)
+        self._extend_hashes(progress)
         request_id = progress.request.request_id
         self._blocks.publish(request_id, progress.hashes, progress.num_computed_tokens)
 
