@@ -193,14 +193,15 @@ def test_blocks_of_large_scores(factor):
     check_results(got, expected, torch.float32, f"{of}; scores up to {abs(factor) * 30:g}", 5e-2)
 
 
-@pytest.mark.parametrize("far", [400, 100_000])
-def test_blocks_of_scores_that_are_all_far_below_zero(far):
+# A sum that is kept as its lse is known to 3e-5 there, and to 8e-3.
+@pytest.mark.parametrize("far, tolerance", [(400, 1e-3), (100_000, 5e-2)])
+def test_blocks_of_scores_that_are_all_far_below_zero(far, tolerance):
     q, k, v = draw_blocks(2, 5, 9, 16)
     q[..., 0], k[..., 0] = 4.0, -(far + torch.arange(9, device=DEVICE) % 4)
     q[..., 1:] = 0.0
     got, of = by_blocks(q, k, v, staircase(5, 9), 4)
     expected = oracle(q, k, v, staircase(5, 9))
-    check_results(got, expected, torch.float32, f"{of}; all scores are near {-far:,}")
+    check_results(got, expected, torch.float32, f"{of}; all scores are near {-far:,}", tolerance)
 
 
 @pytest.mark.parametrize("head_dim, scale", [(32, 3.0), (24, 5.0)])
@@ -529,14 +530,14 @@ def test_flash_of_large_scores(dtype, factor):
     batch.check(tolerance=5e-2)
 
 
-@pytest.mark.parametrize("far", [400, 40_000])
+@pytest.mark.parametrize("far, tolerance", [(400, 4e-3), (40_000, 5e-2)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_flash_of_scores_that_are_all_far_below_zero(dtype, far):
+def test_flash_of_scores_that_are_all_far_below_zero(dtype, far, tolerance):
     batch = Batch([(5, 40), (1, 90)], dtype=dtype, note=f"all scores are near {-far:,}")
     batch.q[..., 0], batch.k[..., 0] = far / 100, -400.0
     batch.q[..., 1:] = 0.0
     batch.k[:, ::3, 0] = -402.0
-    batch.check()
+    batch.check(tolerance)
 
 
 @pytest.mark.parametrize("head_dim", [80, 128])
