@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ class PagedBatch:
         tokens; entries behind those that hold its tokens are blocks of the pool and mean nothing.
     cu_seqlens_q: (num_seqs + 1,) int64: sequence i has the tokens of this pass from cu_seqlens_q[i]
         up to, not including, cu_seqlens_q[i + 1].
-    seq_lens: (num_seqs,) int64: how many tokens each sequence has, those of this pass included.
+    seq_lens: (num_seqs,) int64, at least 1: how many tokens each sequence has, those of this pass
+        included.
     num_decodes: so many sequences, the first ones, have exactly one token in this pass.
     max_seqlen_q: no sequence has more tokens in this pass.
     All tensors lie on the device of the pool.
@@ -129,13 +131,11 @@ def paged_prefill(
     with the pool.
     """
     out = torch.empty_like(q)
-    starts = cu_seqlens_q.tolist()
-    for i, num_tokens in enumerate(seq_lens.tolist()):
-        here = slice(starts[i], starts[i + 1])
-        num_queries = here.stop - here.start
+    spans = pairwise(cu_seqlens_q.tolist())
+    for i, ((start, end), num_tokens) in enumerate(zip(spans, seq_lens.tolist(), strict=True)):
         k, v = (_gather(x, block_tables[i : i + 1], num_tokens)[0] for x in (keys, values))
-        mask = causal_mask(num_queries, num_tokens, q.device)
-        out[:, here] = grouped_attention(q[:, here], k, v, mask)
+        mask = causal_mask(end - start, num_tokens, q.device)
+        out[:, start:end] = grouped_attention(q[:, start:end], k, v, mask)
     return out
 
 
@@ -174,11 +174,13 @@ def paged_attend(
 ) -> Attend:
     """Make the `Attend` of one pass over a pool.
 
-    store, decode, prefill: called in the place of `store_kv`, of `paged_decode` for the first
-        num_decodes sequences, and of `paged_prefill` for the others; neither for none.
+    store, decode, prefill: called once a layer, in the place of `store_kv`, of `paged_decode` for
+        the first num_decodes sequences, and of `paged_prefill` for the others; neither for none.
     The returned function takes the tokens of the pass flat: q (num_heads, tokens, head_dim), k and
     v (num_kv_heads, tokens, head_dim). It stores k and v in their slots, and returns (num_heads,
-    tokens, head_dim), in which each token has looked at those of its own sequence, up to itself.
+    tokens, head_dim), in which each token has looked at those of its own sequence, up to itself;
+    what a token with slot -1 gets means nothing. q, k, v, the batch, other slots and other layers
+    stay as they are. Beside what the three do, the host asks for no number that a tensor holds.
     """
     num_decodes = batch.num_decodes
     has_prefills = num_decodes < len(batch.seq_lens)
