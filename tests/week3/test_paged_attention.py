@@ -1082,7 +1082,7 @@ def test_attend_asks_for_no_number_of_a_tensor():
         called.append("decode")
         return torch.zeros_like(q)
 
-    def prefill(q, *rest):
+    def prefill(q, *rest, **named):
         called.append("prefill")
         return torch.ones_like(q)
 
