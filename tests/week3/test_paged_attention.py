@@ -24,7 +24,9 @@ paged = lab("week3/paged_attention")
 qwen = lab("week1/qwen")
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-BLOCK_SIZES = (1, 4, 16)
+BLOCK_SIZES = (4, 1, 16)
+# What another sequence may have left in a slot: finite in the range of float16, or not.
+FILLINGS = (3e4, -3e4, math.inf, -math.inf, math.nan)
 HEADS = [(1, 1), (3, 3), (8, 2), (7, 1), (14, 2)]
 
 
@@ -297,13 +299,20 @@ def attend_in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q.double(), k, v, attn_mask=mask)
 
 
+def unowned(size: Sequence[int], filling: float | None, dtype: torch.dtype, seed: int) -> Tensor:
+    """Make memory that belongs to nobody; filling: what it holds, None for any numbers."""
+    if filling is None:
+        return random(*size, seed=seed, dtype=dtype)
+    return torch.full(size, filling, dtype=dtype)
+
+
 class Pages:
     """Some sequences, each laid out densely, and the same in the blocks of a pool.
 
     lengths: how many tokens each has. heads: num_heads and num_kv_heads. filling: what lies in all
-    other slots. in_order: whether the blocks of the sequences follow each other in the pool.
-    num_spare: blocks of the pool that nobody holds. num_shared: of all sequences' first blocks, the
-    same ones.
+    other slots; None stands for numbers as likely as any. in_order: whether the blocks of the
+    sequences follow each other in the pool. num_spare: blocks of the pool that nobody holds.
+    num_shared: of all sequences' first blocks, the same ones.
     """
 
     def __init__(
@@ -313,7 +322,7 @@ class Pages:
         heads: tuple[int, int] = (8, 2),
         head_dim: int = 6,
         dtype: torch.dtype = torch.float32,
-        filling: float = math.nan,
+        filling: float | None = None,
         in_order: bool = False,
         num_spare: int = 3,
         num_shared: int = 0,
@@ -332,7 +341,7 @@ class Pages:
         for table in self.tables:
             table[:num_shared] = self.tables[0][:num_shared]
         size = self.num_blocks, num_kv_heads, block_size, head_dim
-        self.keys, self.values = (torch.full(size, filling, dtype=dtype) for _ in range(2))
+        self.keys, self.values = (unowned(size, filling, dtype, seed=s) for s in (7, 8))
         self.dense: list[tuple[Tensor, Tensor]] = []
         for i, length in enumerate(lengths):
             k, v = (
@@ -364,10 +373,11 @@ class Pages:
         return random(*size, seed=seed, dtype=self.dtype)
 
     def __str__(self) -> str:
-        tables = ", ".join(map(str, self.tables)) if self.num_blocks < 40 else "…"
+        tables = ", ".join(map(str, self.tables)) if self.num_blocks <= 20 else "…"
         heads = f"{self.num_heads} and {self.keys.shape[1]} heads of {self.keys.shape[3]}"
         text = f"sequences of {self.lengths} tokens, {heads}, {str(self.dtype)[6:]}; blocks of "
-        text += f"{self.block_size}, tables {tables}; all other slots hold {self.filling:g}"
+        held = "other numbers" if self.filling is None else f"{self.filling:g}"
+        text += f"{self.block_size}, tables {tables}; all other slots hold {held}"
         return text
 
 
@@ -439,9 +449,10 @@ def test_prefill_of_a_chunk_near_the_edge_of_a_block(num_before, count):
     check_prefill(Pages([num_before + count], 4), [count], f"; {num_before} tokens stand before")
 
 
-@pytest.mark.parametrize("filling", [math.nan, math.inf, -math.inf, 3e4, -3e4])
-def test_prefill_does_not_look_at_other_slots(filling):
-    check_prefill(Pages([5, 1, 18], filling=filling), [5, 1, 3])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("filling", FILLINGS)
+def test_prefill_does_not_look_at_other_slots(filling, block_size):
+    check_prefill(Pages([5, 1, 18], block_size, filling=filling), [5, 1, 3])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -470,7 +481,7 @@ def test_prefill_with_any_strides(layout):
 
 def test_prefill_of_a_layer_among_others():
     pages = Pages([9, 3, 5])
-    whole = torch.full((2, 3, *pages.keys.shape), math.nan)
+    whole = random(2, 3, *pages.keys.shape)
     whole[0, 1], whole[1, 1] = pages.keys, pages.values
     pages.keys, pages.values = whole[0, 1], whole[1, 1]
     check_prefill(pages, [5, 1, 2], "; keys and values are one layer of three")
@@ -611,9 +622,10 @@ def test_decode_in_other_dtypes(dtype, block_size):
     check_decode(Pages([11, 6, 18], block_size, (7, 1), 10, dtype))
 
 
-@pytest.mark.parametrize("filling", [math.nan, math.inf, -math.inf, 3e4, -3e4])
-def test_decode_does_not_look_at_other_slots(filling):
-    check_decode(Pages([5, 1, 18], filling=filling))
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("filling", FILLINGS)
+def test_decode_does_not_look_at_other_slots(filling, block_size):
+    check_decode(Pages([5, 1, 18], block_size, filling=filling))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -637,7 +649,7 @@ def test_decode_with_any_strides(layout):
 
 def test_decode_of_a_layer_among_others():
     pages = Pages([9, 3, 5])
-    whole = torch.full((2, 3, *pages.keys.shape), math.nan)
+    whole = random(2, 3, *pages.keys.shape)
     whole[0, 1], whole[1, 1] = pages.keys, pages.values
     pages.keys, pages.values = whole[0, 1], whole[1, 1]
     check_decode(pages, "; keys and values are one layer of three")
@@ -716,8 +728,9 @@ def test_decode_makes_what_its_tokens_need(lengths, num_spare):
 
 
 class Serving:
-    """A pool whose slots are all NaN at first, and sequences that grow in it, in random blocks.
+    """A pool, and sequences that grow in it, in random blocks.
 
+    filling: what all slots hold at first; None stands for numbers as likely as any.
     dense[layer][i]: keys and values of sequence i, laid out densely. expected[layer]: all keys and
     all values of the layer, as they must be.
     """
@@ -731,13 +744,14 @@ class Serving:
         dtype: torch.dtype = torch.float32,
         num_layers: int = 2,
         num_blocks: int = 60,
+        filling: float | None = None,
     ):
         self.block_size, self.num_heads, self.dtype = block_size, heads[0], dtype
         self.size = heads[1], head_dim
         sizes = num_layers, num_blocks, block_size, heads[1], head_dim
         self.cache = paged.PagedKVCache(*sizes, dtype=dtype)
-        for part in self.cache.keys, self.cache.values:
-            part.fill_(math.nan)
+        for seed, part in enumerate((self.cache.keys, self.cache.values)):
+            part.copy_(unowned(part.shape, filling, dtype, seed))
         self.expected = [
             [part[layer].clone() for part in (self.cache.keys, self.cache.values)]
             for layer in range(num_layers)
@@ -750,7 +764,8 @@ class Serving:
         empty = torch.empty(heads[1], 0, head_dim, dtype=dtype)
         self.dense = [[(empty, empty)] * num_seqs for _ in range(num_layers)]
         names = f"blocks of {block_size}, {heads[0]} and {heads[1]} heads, {str(dtype)[6:]}"
-        self.of = History(f"paged_attend over a pool that holds NaN at first; {names}")
+        held = "other numbers" if filling is None else f"{filling:g}"
+        self.of = History(f"paged_attend over a pool that holds {held} at first; {names}")
 
     def draw(self, heads: int, num_tokens: int) -> Tensor:
         """Draw numbers of some tokens, in the layout of a projection."""
@@ -889,6 +904,13 @@ def test_attend_pass_after_pass(case, block_size):
         serving.step(counts)
 
 
+@pytest.mark.parametrize("filling", FILLINGS)
+def test_attend_does_not_look_at_other_slots(filling):
+    serving = Serving(4, filling=filling)
+    for counts in PASSES["decodes and then chunks"]:
+        serving.step(counts)
+
+
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_attend_with_any_heads(heads):
     serving = Serving(4, heads=heads, num_layers=3)
@@ -1011,8 +1033,6 @@ def test_attend_through_what_is_handed_in(case, num_padding):
     num_decodes, counts = batch.num_decodes, batch.cu_seqlens_q.diff().tolist()
     names = ["store"] + ["decode"] * (num_decodes > 0) + ["prefill"] * (num_decodes < len(counts))
     for layer in range(serving.num_layers):
-        for part in serving.cache.keys, serving.cache.values:
-            part.nan_to_num_(0.5)
         q = serving.draw(serving.num_heads, len(batch.slots))
         k, v = (serving.draw(serving.size[0], len(batch.slots)) for _ in range(2))
         doors.calls.clear()
@@ -1161,9 +1181,9 @@ STEPS = [
 def test_attend_in_a_model_matches_transformers(family, seed):
     shape, block_size = ugly(family, seed), (1, 4, 16, 5)[seed]
     heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    layers = shape["num_hidden_layers"]
     # The cache first of all, so that an unwritten one is what is heard of.
-    serving = Serving(4, block_size, heads, shape["head_dim"], num_layers=layers)
+    sizes = {"head_dim": shape["head_dim"], "num_layers": shape["num_hidden_layers"]}
+    serving = Serving(4, block_size, heads, **sizes)
     theirs = oracle_model(family, shape, seed)
     model = loaded(family, shape, theirs)
     draw = python_random.Random(seed)
