@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -138,7 +137,7 @@ def paged_decode(
 ) -> Tensor:
     """Let the last token of each sequence gather the values of its sequence.
 
-    q: (num_seqs, num_heads, head_dim), any float dtype, any strides.
+    q: (num_seqs, num_heads, head_dim), any float dtype, any strides; at least one sequence.
     keys, values: as in `paged_prefill`. block_tables, seq_lens: as in `PagedBatch`, with at least
         one token a sequence.
     Returns (num_seqs, num_heads, head_dim), q's dtype, computed as `attention` does. What lies in

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -131,9 +130,10 @@ def paged_prefill(
     with the pool.
     """
     out = torch.empty_like(q)
-    spans = pairwise(cu_seqlens_q.tolist())
-    for i, ((start, end), num_tokens) in enumerate(zip(spans, seq_lens.tolist(), strict=True)):
-        k, v = (_gather(x, block_tables[i : i + 1], num_tokens)[0] for x in (keys, values))
+    ends = cu_seqlens_q.tolist()
+    for i, num_tokens in enumerate(seq_lens.tolist()):
+        start, end = ends[i : i + 2]
+        k, v = (_gather(x, block_tables[None, i], num_tokens)[0] for x in (keys, values))
         mask = causal_mask(end - start, num_tokens, q.device)
         out[:, start:end] = grouped_attention(q[:, start:end], k, v, mask)
     return out
@@ -144,7 +144,7 @@ def paged_decode(
 ) -> Tensor:
     """Let the last token of each sequence gather the values of its sequence.
 
-    q: (num_seqs, num_heads, head_dim), any float dtype, any strides.
+    q: (num_seqs, num_heads, head_dim), any float dtype, any strides; at least one sequence.
     keys, values: as in `paged_prefill`. block_tables, seq_lens: as in `PagedBatch`, with at least
         one token a sequence.
     Returns (num_seqs, num_heads, head_dim), q's dtype, computed as `attention` does. What lies in
@@ -218,12 +218,9 @@ def _gather(pool: Tensor, block_tables: Tensor, num_tokens: int) -> Tensor:
 def _groups(seq_lens: Sequence[int]) -> Iterator[tuple[list[int], int]]:
     """Put rows of similar length together; yields (rows, the longest of them)."""
     rows: list[int] = []
-    longest = 0
     for row in sorted(range(len(seq_lens)), key=lambda row: -seq_lens[row]):
-        if rows and max(_MAX_PADDING * seq_lens[row], _SHORT) < longest:
-            yield rows, longest
+        if rows and max(_MAX_PADDING * seq_lens[row], _SHORT) < seq_lens[rows[0]]:
+            yield rows, seq_lens[rows[0]]
             rows = []
-        longest = longest if rows else seq_lens[row]
         rows.append(row)
-    if rows:
-        yield rows, longest
+    yield rows, seq_lens[rows[0]]
