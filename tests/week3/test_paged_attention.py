@@ -149,10 +149,10 @@ def test_pool_counts_its_bytes(shape, dtype):
     parts = [part.untyped_storage() for part in (cache.keys, cache.values)]
     memory = sum({part.data_ptr(): part.nbytes() for part in parts}.values())
     check_equal(memory, expected, "bytes of memory behind keys and values", of=of)
+    cache.values.fill_(2.0)
     cache.keys.fill_(7.0)
-    check_close(
-        cache.values, torch.zeros_like(cache.values), of=f"{of}; keys are filled: the values"
-    )
+    of = f"{of}; values are filled with 2, and then keys with 7"
+    check_close(cache.values, torch.full_like(cache.keys, 2.0), of=f"{of}: the values")
     check_equal(cache.nbytes, expected, "nbytes when tokens are stored", of=of)
 
 
@@ -571,7 +571,7 @@ def check_made(made: Made, most: int, of: str) -> None:
 
 
 def test_prefill_makes_nothing_of_the_pools_size():
-    pages = Pages([40, 9], 16, (4, 2), 4, num_spare=10_000)
+    pages = Pages([40, 9], 16, (4, 2), 4, num_spare=2000)
     q, tables = pages.queries(14), pages.block_tables()
     arguments = q, pages.keys, pages.values, tables, integers([0, 5, 14]), integers(pages.lengths)
     with Made(*arguments) as made:
@@ -709,7 +709,7 @@ def test_decode_leaves_its_arguments_alone():
 
 
 @pytest.mark.parametrize(
-    "lengths, num_spare", [([40, 9], 10_000), ([2] * 40 + [3000], 3)], ids=["pool", "longest"]
+    "lengths, num_spare", [([40, 9], 2000), ([2] * 40 + [3000], 3)], ids=["pool", "longest"]
 )
 def test_decode_makes_what_its_tokens_need(lengths, num_spare):
     pages = Pages(lengths, 16, (4, 2), 4, num_spare=num_spare)
