@@ -322,6 +322,38 @@ def block_table() -> Figure:
     return figure
 
 
+def paged_reads() -> Figure:
+    """Show at which slots of the pool the tokens of a pass look, as the reference weighs them."""
+    from week3.paged_attention import PagedBatch, PagedKVCache, paged_attend
+
+    # A decodes its eleventh token; of B's seven tokens, four are in this pass.
+    block_size, num_blocks = 4, 8
+    queries = (("A", 10), ("B", 3), ("B", 4), ("B", 5), ("B", 6))
+    slots = torch.tensor([14, 27, 4, 5, 6])
+    tables = torch.tensor([[5, 0, 3], [6, 1, 1]])
+    batch = PagedBatch(slots, tables, torch.tensor([0, 1, 5]), torch.tensor([11, 7]), 1, 4)
+    num_slots = num_blocks * block_size
+    cache = PagedKVCache(1, num_blocks, block_size, 1, num_slots)
+    # All scores are 0, and each slot's value is a number of its own: what is gathered are weights.
+    values = torch.eye(num_slots)
+    cache.values.copy_(values.view(cache.values.shape))
+    zeros = torch.zeros(1, len(queries), num_slots)
+    looked_at = paged_attend(cache, batch)(0, zeros, zeros, values[None, slots])[0] > 0
+    rows = torch.tensor([1 if name == "A" else 2 for name, _ in queries])[:, None]
+
+    figure, ax = pyplot.subplots(figsize=(7.4, 2.5), layout="constrained")
+    colours = ListedColormap([PALE, *COLOURS[:2]])
+    ax.imshow(looked_at * rows, cmap=colours, vmin=0, vmax=2, aspect="auto")
+    labels = [f"{name}, token {token}" for name, token in queries]
+    ax.set_yticks(range(len(queries)), labels)
+    ax.set_xticks(range(0, num_slots, block_size))
+    ax.set_xlabel(f"slot of the pool, in blocks of {block_size}")
+    _grid(ax, len(queries), num_slots)
+    for block in range(1, num_blocks):
+        ax.axvline(block * block_size - 0.5, color=INK, lw=1.2)
+    return figure
+
+
 def mixed_batch() -> Figure:
     """Schedule four requests under a budget of eight tokens a step; hatched where they decode."""
     budget = 8
@@ -439,6 +471,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "roofline": roofline,
     "online_softmax": online_softmax,
     "block_table": block_table,
+    "paged_reads": paged_reads,
     "mixed_batch": mixed_batch,
     "rows_taken": rows_taken,
     "blocks_held": blocks_held,

@@ -33,7 +33,8 @@ class PagedBatch:
         tokens; entries behind those that hold its tokens are blocks of the pool and mean nothing.
     cu_seqlens_q: (num_seqs + 1,) int64: sequence i has the tokens of this pass from cu_seqlens_q[i]
         up to, not including, cu_seqlens_q[i + 1].
-    seq_lens: (num_seqs,) int64: how many tokens each sequence has, those of this pass included.
+    seq_lens: (num_seqs,) int64, at least 1: how many tokens each sequence has, those of this pass
+        included.
     num_decodes: so many sequences, the first ones, have exactly one token in this pass.
     max_seqlen_q: no sequence has more tokens in this pass.
     All tensors lie on the device of the pool.
@@ -129,13 +130,12 @@ def paged_prefill(
     with the pool.
     """
     out = torch.empty_like(q)
-    starts = cu_seqlens_q.tolist()
+    ends = cu_seqlens_q.tolist()
     for i, num_tokens in enumerate(seq_lens.tolist()):
-        here = slice(starts[i], starts[i + 1])
-        num_queries = here.stop - here.start
-        k, v = (_gather(x, block_tables[i : i + 1], num_tokens)[0] for x in (keys, values))
-        mask = causal_mask(num_queries, num_tokens, q.device)
-        out[:, here] = grouped_attention(q[:, here], k, v, mask)
+        start, end = ends[i : i + 2]
+        k, v = (_gather(x, block_tables[None, i], num_tokens)[0] for x in (keys, values))
+        mask = causal_mask(end - start, num_tokens, q.device)
+        out[:, start:end] = grouped_attention(q[:, start:end], k, v, mask)
     return out
 
 
@@ -144,7 +144,7 @@ def paged_decode(
 ) -> Tensor:
     """Let the last token of each sequence gather the values of its sequence.
 
-    q: (num_seqs, num_heads, head_dim), any float dtype, any strides.
+    q: (num_seqs, num_heads, head_dim), any float dtype, any strides; at least one sequence.
     keys, values: as in `paged_prefill`. block_tables, seq_lens: as in `PagedBatch`, with at least
         one token a sequence.
     Returns (num_seqs, num_heads, head_dim), q's dtype, computed as `attention` does. What lies in
@@ -174,11 +174,13 @@ def paged_attend(
 ) -> Attend:
     """Make the `Attend` of one pass over a pool.
 
-    store, decode, prefill: called in the place of `store_kv`, of `paged_decode` for the first
-        num_decodes sequences, and of `paged_prefill` for the others; neither for none.
+    store, decode, prefill: called once a layer, in the place of `store_kv`, of `paged_decode` for
+        the first num_decodes sequences, and of `paged_prefill` for the others; neither for none.
     The returned function takes the tokens of the pass flat: q (num_heads, tokens, head_dim), k and
     v (num_kv_heads, tokens, head_dim). It stores k and v in their slots, and returns (num_heads,
-    tokens, head_dim), in which each token has looked at those of its own sequence, up to itself.
+    tokens, head_dim), in which each token has looked at those of its own sequence, up to itself;
+    what a token with slot -1 gets means nothing. q, k, v, the batch, other slots and other layers
+    stay as they are. Beside what the three do, the host asks for no number that a tensor holds.
     """
     num_decodes = batch.num_decodes
     has_prefills = num_decodes < len(batch.seq_lens)
@@ -216,12 +218,9 @@ def _gather(pool: Tensor, block_tables: Tensor, num_tokens: int) -> Tensor:
 def _groups(seq_lens: Sequence[int]) -> Iterator[tuple[list[int], int]]:
     """Put rows of similar length together; yields (rows, the longest of them)."""
     rows: list[int] = []
-    longest = 0
     for row in sorted(range(len(seq_lens)), key=lambda row: -seq_lens[row]):
-        if rows and max(_MAX_PADDING * seq_lens[row], _SHORT) < longest:
-            yield rows, longest
+        if rows and max(_MAX_PADDING * seq_lens[row], _SHORT) < seq_lens[rows[0]]:
+            yield rows, seq_lens[rows[0]]
             rows = []
-        longest = longest if rows else seq_lens[row]
         rows.append(row)
-    if rows:
-        yield rows, longest
+    yield rows, seq_lens[rows[0]]
