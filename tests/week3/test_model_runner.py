@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import inspect
 import itertools
 import math
 import random as python_random
@@ -71,6 +72,17 @@ def in_words(state) -> str:
     return f"({', '.join(shown)})"
 
 
+FIELDS = (
+    "params", "prompt_ids", "logit_bias", "min_tokens", "eos_token_ids", "num_logprobs",
+    "output_ids", "seed",
+)  # fmt: skip
+
+
+def fields_of(state) -> dict:
+    """Copy what a state holds."""
+    return {name: copy.deepcopy(getattr(state, name)) for name in FIELDS}
+
+
 def oracle_scores(logits: Sequence[float], state) -> list[float]:
     """The scores of one row behind the bias, the penalties and the ban, token by token."""
     params, output_ids = state.params, state.output_ids
@@ -107,9 +119,9 @@ def oracle_token(logits: Sequence[float], state) -> int:
     """What one request gets, with week 1's noise for its seed and its place."""
     row = oracle_probabilities(oracle_scores(logits, state), state.params)
     place = len(state.prompt_ids) + len(state.output_ids)
-    return int(
-        sampling.draw(torch.tensor([row]), torch.tensor([state.seed]), torch.tensor([place]))
-    )
+    # Not as a call of the lab's, of which the latest is named where something fails.
+    draw = inspect.unwrap(sampling.draw)
+    return int(draw(torch.tensor([row]), torch.tensor([state.seed]), torch.tensor([place])))
 
 
 def check_logprobs(choice, logits: Tensor, num_logprobs: int | None, of: object) -> None:
@@ -137,13 +149,14 @@ def check_logprob(got: object, expected: Tensor, whose: str, of: object) -> None
 
 def check_sample(logits: Tensor, states: Sequence, note: str = "") -> None:
     """Choose for some requests; hold each one's choice to what it would get alone."""
-    kept = logits.clone(), copy.deepcopy(list(states))
+    kept = logits.clone(), [fields_of(state) for state in states]
     got = runners.sample(logits, states)
     rows = [f"row {i}: {in_words(state)}" for i, state in enumerate(states[:4])]
     more = [f"… {len(states) - 4} rows more"] if len(states) > 4 else []
     of = "\n".join([f"sample(logits: {tuple(logits.shape)}){note}", *rows, *more])
     check_equal(torch.equal(logits, kept[0]), True, "logits are as they were", of=of)
-    check_equal(list(states) == kept[1], True, "states are as they were", of=of)
+    same = [fields_of(state) for state in states] == kept[1]
+    check_equal(same, True, "states are as they were", of=of)
     check_equal(len(got), len(states), "how many choices come", of=of)
     for i, (choice, row, state) in enumerate(zip(got, kept[0], states, strict=True)):
         of_row = f"{of}\nthe request of row {i}: {in_words(state)}"
@@ -748,7 +761,8 @@ class Desk:
                 what = f"output_ids of {request_id}"
                 check_equal(job.state.output_ids, job.kept.output_ids, what, of=self.of)
                 what = f"the rest of the state of {request_id} is as it was"
-                check_equal(job.state == job.kept, True, what, of=self.of)
+                same = fields_of(job.state) == fields_of(job.kept)
+                check_equal(same, True, what, of=self.of)
             else:
                 self.blocks.free(request_id)
         self.jobs = {name: job for name, job in self.jobs.items() if job.known}
