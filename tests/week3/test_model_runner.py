@@ -133,8 +133,9 @@ def check_logprobs(choice, logits: Tensor, num_logprobs: int | None, of: object)
     check_logprob(choice.logprob, expected[choice.token_id], f"token {choice.token_id}", of)
     best = expected.sort(descending=True, stable=True)
     count = min(num_logprobs, len(logits))
-    what = "the ids in top, best first"
-    check_equal([pair[0] for pair in choice.top], best.indices[:count].tolist(), what, of=of)
+    ids = [pair[0] for pair in choice.top]
+    check_equal(ids, best.indices[:count].tolist(), "the ids in top, best first", of=of)
+    check_true(all(type(i) is int for i in ids), f"ids in top are no whole numbers: {ids}", of=of)
     for token_id, value in choice.top:
         check_logprob(value, expected[token_id], f"token {token_id}, in top", of)
 
@@ -204,7 +205,9 @@ def test_sample_draws(rows, values):
     [
         {"repetition_penalty": 1.8},
         {"repetition_penalty": 0.6},
+        {"presence_penalty": 1.0},
         {"presence_penalty": 1.5},
+        {"frequency_penalty": 1.0},
         {"frequency_penalty": 1.2},
         {"frequency_penalty": -1.5, "presence_penalty": -0.5},
         {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.7},
@@ -841,6 +844,10 @@ def test_runner_with_a_chunk_beside_others():
     play(
         "add a 3 seeded, step a 3, add b 17 seeded, step a 1 b 6, step b 6 a 1, step a 1 b 5, run 3"
     )
+
+
+def test_runner_with_two_tokens_before_one():
+    play("add a 3, step a 3, add b 2 seeded, add c 4, step b 2 a 1 c 2, step c 2 b 1 a 1, run 2")
 
 
 def test_runner_with_a_chunk_of_one_token():
