@@ -24,6 +24,7 @@ NUM_TESTS = {
     "week2/quantization": 219,
     "week2/flash_decoding": 208,
     "week2/continuous_batching": 241,
+    "week3/model_runner": 201,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,
