@@ -69,6 +69,8 @@ def in_words(state) -> str:
         for name in names
         if getattr(held, name) != getattr(usual, name)
     ]
+    if state.params.seed is None and state.params.temperature > 0:
+        shown.append(f"seed drawn: {state.seed}")
     return f"({', '.join(shown)})"
 
 
@@ -310,7 +312,7 @@ def mixed() -> list:
         state_of(HISTORY[:4], seed=5, top_p=0.6, num_logprobs=0),
         state_of([9], temperature=0.0, num_logprobs=5, logit_bias={1: 20.0}),
         state_of(HISTORY[:1], seed=77, min_p=0.3, presence_penalty=-2.0, top_k=10),
-        state_of(HISTORY[:6], seed=5),
+        state_of(HISTORY[:6], drawn_seed=6),
     ]
 
 
@@ -1075,25 +1077,28 @@ def test_runner_attends_with_paged_attend_where_nothing_is_said():
     cache = paged.PagedKVCache(2, 12, 4, 1, 3)
     runner = runners.ModelRunner(model, cache, blocks, 4, 30, 40)
     ids = {name: prompt_of(name, count) for name, count in (("a", 5), ("b", 11))}
-    computed = dict.fromkeys(ids, 0)
-    for name in ids:
-        runner.add(name, state_of(ids[name], temperature=0.0))
+    computed, kept = dict.fromkeys(ids, 0), {}
+    for name, values in (("a", {"temperature": 0.0}), ("b", {"seed": 6, "temperature": 2.0})):
+        runner.add(name, state_of(ids[name], **values))
+        kept[name] = state_of(ids[name], **values)
     for counts in ({"a": 5, "b": 7}, {"a": 1, "b": 4}, {"a": 1, "b": 1}, {"b": 1, "a": 1}):
         parts, expected = [], {}
         for name, count in counts.items():
             start, end = computed[name], computed[name] + count
             blocks.allocate(name, end)
-            caught = end == len(ids[name])
-            parts.append(schedulers.Scheduled(name, start, tuple(ids[name][start:end]), 0, caught))
+            tokens, caught_up = tuple(ids[name][start:end]), end == len(ids[name])
+            parts.append(schedulers.Scheduled(name, start, tokens, 0, caught_up))
             computed[name] = end
-            if caught:
-                expected[name] = int(model.expected(ids[name]).argmax())
+            if caught_up:
+                logits = model.expected(ids[name]).tolist()
+                expected[name] = oracle_token(logits, kept[name])
         got = runner.execute(schedulers.Step(tuple(parts), ()))
-        of = f"ModelRunner without make_attend, a step of {counts}"
+        of = f"ModelRunner without make_attend, a greedy and b seeded, a step of {counts}"
         tokens = {name: got[name].token_id for name in sorted(got)}
         check_equal(tokens, dict(sorted(expected.items())), "the tokens", of=of)
         for name, token_id in expected.items():
             ids[name].append(token_id)
+            kept[name].output_ids.append(token_id)
 
 
 FAMILIES = {"Qwen2": (Qwen2Config, Qwen2ForCausalLM), "Qwen3": (Qwen3Config, Qwen3ForCausalLM)}
