@@ -197,7 +197,8 @@ class _StepBuffers:
         positions[:num_tokens] = here
         slots[:num_tokens] = block_tables[rows, here // block_size] * block_size + here % block_size
         if self._device is not self._host:
-            self._device.copy_(self._host, non_blocking=True)
+            # The host waits for it: the next step is written into the same memory.
+            self._device.copy_(self._host)
         width = max(map(len, tables))
         input_ids, positions, slots, seq_lens, cu_seqlens_q, block_tables = self._parts
         batch = PagedBatch(
