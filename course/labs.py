@@ -19,7 +19,7 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "cuda_graphs",
         "continuous_batching",
     ),
-    "week3": ("block_manager", "prefix_caching", "scheduler", "paged_attention"),
+    "week3": ("block_manager", "prefix_caching", "scheduler", "paged_attention", "model_runner"),
 }
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.
 DRILLS: dict[str, tuple[str, ...]] = {

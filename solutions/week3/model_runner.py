@@ -24,7 +24,7 @@ class Choice:
 
     logprob: the natural logarithm of its probability by the model's own scores, before any bias,
     penalty, temperature or filter. top: the most likely tokens with theirs, the best first; as many
-    as were asked for.
+    as were asked for, or as there are. Without logprobs: None and ().
     """
 
     token_id: int
@@ -37,9 +37,9 @@ class SamplingState:
     """What choosing the tokens of one request takes, over all its steps.
 
     logit_bias: added to the scores of these ids. min_tokens: until so many ids have been chosen, no
-    id of eos_token_ids is. num_logprobs: how many of the most likely tokens each choice tells, None
-    for no logprobs at all. seed: of all its draws; where params has none, a random one.
-    output_ids: what was chosen so far.
+    id of eos_token_ids is. num_logprobs: how many of the most likely tokens each choice tells; 0
+    for the chosen one's logprob alone, None for no logprobs at all. seed: of all its draws; where
+    params has none, a random one. output_ids: what was chosen so far.
     """
 
     params: SamplingParams
@@ -86,9 +86,13 @@ class ModelRunner:
     model, cache: of the same shape. blocks: the scheduler's; its tables say where tokens lie.
     max_num_seqs, token_budget, max_model_len: the scheduler's. make_attend: called in the place of
         `paged_attend`, once a step.
-    A request is known from `add` to `remove`, through preemptions too. One step makes one pass of
-    the model over the step's tokens, none of them padded, and scores only the tokens behind which
-    something is chosen. What the device needs reaches it in one copy from buffers that stay.
+    A request is known from `add` to `remove`, through preemptions too.
+    One step makes one pass of the model over the step's tokens, none of them padded, and scores
+    only those behind which something is chosen; nothing is recorded for a backward pass. In the
+    batch, sequences with one token come first, and num_decodes counts all of them.
+    The ids, the positions and all tensors of the batch are int64, and parts of one tensor that is
+    made once: it takes one copy a step to bring them to a device, and they begin at the same
+    addresses in every step.
     """
 
     def __init__(
@@ -111,7 +115,10 @@ class ModelRunner:
         self._buffers = _StepBuffers(max_num_seqs, token_budget, max_blocks, device)
 
     def add(self, request_id: str, state: SamplingState) -> None:
-        """Get to know a request before its first step."""
+        """Get to know a request before its first step.
+
+        state: kept, and changed by `execute`, as whoever adds it can see.
+        """
         self._states[request_id] = state
 
     def remove(self, request_id: str) -> None:
@@ -121,9 +128,11 @@ class ModelRunner:
     def execute(self, step: Step) -> dict[str, Choice]:
         """Compute a step.
 
-        step: from the scheduler, with at least one part and without guesses.
+        step: from the scheduler, with at least one part and without guesses. The tables of its
+            requests cover their tokens.
         Returns request_id → its next token, for each request that caught up and is still known.
-        The token counts as one of its output_ids from now on.
+        The token counts as one of its output_ids from now on. What was computed for one that is no
+        longer known is of no use, and does no harm.
         """
         # Those with one token come first: they are attended together.
         parts = sorted(step.parts, key=lambda part: len(part.token_ids) > 1)
@@ -188,7 +197,8 @@ class _StepBuffers:
         positions[:num_tokens] = here
         slots[:num_tokens] = block_tables[rows, here // block_size] * block_size + here % block_size
         if self._device is not self._host:
-            self._device.copy_(self._host, non_blocking=True)
+            # The host waits for it: the next step is written into the same memory.
+            self._device.copy_(self._host)
         width = max(map(len, tables))
         input_ids, positions, slots, seq_lens, cu_seqlens_q, block_tables = self._parts
         batch = PagedBatch(
