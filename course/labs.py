@@ -19,6 +19,14 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "cuda_graphs",
         "continuous_batching",
     ),
+    "week3": (
+        "block_manager",
+        "paged_attention",
+        "prefix_caching",
+        "scheduler",
+        "model_runner",
+        "engine",
+    ),
 }
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.
 DRILLS: dict[str, tuple[str, ...]] = {
