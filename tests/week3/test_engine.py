@@ -764,7 +764,9 @@ def test_engine_shows_a_character_that_was_cut_off(max_tokens):
     served = Served()
     for i, token_id in enumerate((3, 5, 19)):
         bias = {token_id: 40.0}
-        served.add(f"r{i}", 3, max_tokens, logit_bias=bias, ignore_eos=True, stop=("x\ufffd",))
+        for stop in ("x\ufffd", "n\ufffd", "\ufffd"):
+            name = f"r{i}, {stop!r}"
+            served.add(name, 3, max_tokens, logit_bias=bias, ignore_eos=True, stop=(stop,))
     served.drain()
 
 
