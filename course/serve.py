@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from course import models, talk
-from course.engine import Engine, LabCrashed, assemble
+from course.engine import REFERENCE, YOURS, Engine, LabCrashed, assemble
 from course.grading import LabUnusable
 from course.labs import week_labs
 
 PAGE = Path(__file__).parent / "pages" / "chat.html"
+WEEK = "week3"
 # How long requests may go on after somebody has asked the server to stop.
 DRAIN_SECONDS = 30
 # Of a CPU's memory that is free, and of a GPU's whole memory: what the pool may take.
@@ -125,7 +126,7 @@ def paged_engine(
 def _engine(wanted: Serving, folder: Path, tokenizer: Any) -> tuple[Any, str]:
     """Load the model and make the engine; returns it, and whose labs it is made of."""
     device = talk.choose_device(wanted.device)
-    yours, _, remarks = talk.chosen_labs(wanted.engine)
+    yours, _, remarks = talk.chosen_labs(wanted.engine, serving=True)
     assembled = assemble(
         yours,
         folder,
@@ -138,7 +139,11 @@ def _engine(wanted: Serving, folder: Path, tokenizer: Any) -> tuple[Any, str]:
     )
     on_step = None if wanted.trace is None else _recorder(Path(wanted.trace))
     engine = paged_engine(assembled, device, wanted, on_step)
-    return engine, "\n".join([talk.sources_table(assembled.sources), *remarks])
+    # A server needs all of them, so that the reference stands in for what is not green.
+    sources = assembled.sources | {
+        lab: YOURS if lab in yours else REFERENCE for lab in week_labs() if lab.week == WEEK
+    }
+    return engine, "\n".join([talk.sources_table(sources), *remarks])
 
 
 def _make_attend(device: str) -> Callable:

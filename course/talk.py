@@ -265,8 +265,8 @@ def choose_device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def chosen_labs(engine: str) -> tuple[set[Lab], set[Lab], list[str]]:
-    """Choose whose labs the engine runs.
+def chosen_labs(engine: str, serving: bool = False) -> tuple[set[Lab], set[Lab], list[str]]:
+    """Choose whose labs the engine runs. serving: it is the server's, which needs every lab.
 
     Returns the learner's labs, the labs of later weeks that run as the reference, and a remark on
     each lab that the learner began and the engine does not run.
@@ -278,18 +278,18 @@ def chosen_labs(engine: str) -> tuple[set[Lab], set[Lab], list[str]]:
         return begun | {lab for lab in week_labs() if lab.week == ALWAYS_ON}, set(), []
     grades = {lab: grade for lab, grade in status.grade_all().items() if not lab.is_drill}
     remarks = [
-        f"{lab.name}: {grade.passed} of {grade.total} tests pass, so {_instead(lab)}"
+        f"{lab.name}: {grade.passed} of {grade.total} tests pass, so {_instead(lab, serving)}"
         for lab, grade in grades.items()
-        if grade.state == "started" and takes_part(lab)
+        if grade.state == "started" and (serving or takes_part(lab))
     ]
     green = {lab for lab, grade in grades.items() if grade.state == "green"}
     return green, {lab for lab, grade in grades.items() if grade.state == "reference"}, remarks
 
 
-def _instead(lab: Lab) -> str:
-    return (
-        "the reference runs, not yours" if lab.week == ALWAYS_ON else "the engine runs without it"
-    )
+def _instead(lab: Lab, serving: bool) -> str:
+    if serving or lab.week == ALWAYS_ON:
+        return "the reference runs, not yours"
+    return "the engine runs without it"
 
 
 def sources_table(sources: dict[Lab, str]) -> str:

@@ -35,11 +35,11 @@ class GenerationParams(SamplingParams):
 
     max_tokens: at least 1. min_tokens: until so many tokens are there, no end-of-sequence token and
     none of stop_token_ids is chosen. ignore_eos: end-of-sequence tokens are tokens like any other.
-    stop: strings that end the text and are not part of it. stop_token_ids: ids that do. logit_bias: id → what is added to its
-    score, in [-100, 100]. logprobs: how many of the most likely tokens are told with each token, at
-    most 20; None tells nothing. cache_salt: requests share the KV of a common beginning only with
-    those that have the same one. The others as in SamplingParams. Raises ValueError for a value
-    outside its range.
+    stop: strings that end the text and are not part of it. stop_token_ids: ids that do. logit_bias:
+    id → what is added to its score, in [-100, 100]. logprobs: how many of the most likely tokens
+    are told with each token, at most 20; None tells nothing. cache_salt: requests share the KV of a
+    common beginning only with those that have the same one. The others as in SamplingParams. Raises
+    ValueError for a value outside its range.
     """
 
     max_tokens: int = 16

@@ -25,7 +25,7 @@ def slot_mapping(block_table: Sequence[int], start: int, end: int, block_size: i
     """
     covered = len(block_table) * block_size
     if end > covered:
-        raise ValueError(f"the table covers {covered} tokens, and position {end - 1} is asked for")
+        raise ValueError(f"the table covers {covered} tokens, and ends before {end}")
     return [
         block_table[position // block_size] * block_size + position % block_size
         for position in range(start, end)

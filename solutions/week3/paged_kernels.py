@@ -20,12 +20,12 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _LOG2_E = math.log2(math.e)
 # By bytes of an element; chosen by what `course kernels` says, so that no register is spilled.
 _PREFILL_BLOCKS = {
-    2: {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+    2: {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
     4: {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 16, "num_stages": 1},
 }
 _DECODE_BLOCKS = {
     2: {"BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-    4: {"BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+    4: {"BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
 }
 # tl.dot multiplies tiles of at least this many rows and columns.
 _SMALLEST_TILE = 16

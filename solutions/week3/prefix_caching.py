@@ -38,7 +38,7 @@ class CachingBlockManager(BlockManager):
     """A block manager that remembers which tokens a block holds, also when it is free.
 
     num_blocks, block_size, watermark: as in `BlockManager`. enabled: False for a manager that finds
-        nothing and remembers nothing.
+        nothing and remembers nothing. All four are kept under these names.
     A full block whose KV is computed is published under its hash from `extend_hashes`. It can be
     found until it is handed out anew. A hash has one block at most: the first one published.
     Everything that `BlockManager` promises holds.
@@ -93,11 +93,12 @@ class CachingBlockManager(BlockManager):
     def publish(self, request_id: str, hashes: Sequence[bytes], num_computed_tokens: int) -> None:
         """Let others find the blocks of a request that are full and computed.
 
-        hashes: of the request's full blocks, at least of those. num_computed_tokens: how many of
-            its first tokens have their keys and values in the pool.
-        A block whose hash has a block already is not published: tables never change, so the request
-        keeps its own. A call takes time for the blocks that became full since the last one, not for
-        the others.
+        hashes: of the request's full blocks, at least of those; where enabled is False, they are
+            not looked at and may be missing. num_computed_tokens: how many of its first tokens have
+            their keys and values in the pool; from call to call, it never gets smaller.
+        A block whose hash has a block already is not published, nor is it later: tables never
+        change, so the request keeps its own. A call takes time for the blocks that became full
+        since the last one, not for the others.
         """
         if not self.enabled:
             return

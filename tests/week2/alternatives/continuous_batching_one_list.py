@@ -29,7 +29,7 @@ class Scheduled:
     def __init__(self, entry: dict, count: int):
         self.request_id, self.row = entry["id"], entry["row"]
         self.num_computed_tokens = entry["done"]
-        self.token_ids = entry["ids"][entry["done"] :][:count]
+        self.token_ids = tuple(entry["ids"][entry["done"] :][:count])
         self.catches_up = entry["done"] + count == len(entry["ids"])
 
 
