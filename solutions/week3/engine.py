@@ -393,14 +393,13 @@ class Engine:
         text, shown = "", []
         if output.token_ids:
             text, shown = stream.add(chosen[request_id])
-            if stream.matched is not None:
-                finish_reason = "stop"
-                self.scheduler.abort(request_id)
-        if finish_reason is not None:
+        if stream.matched is not None:
+            self.scheduler.abort(request_id)
+        if stream.matched is not None or finish_reason is not None:
             piece, certain = stream.flush()
             text, shown = text + piece, shown + certain
+            # Asked again: the bytes of an unfinished character may complete a stop string.
             if stream.matched is not None:
-                # The bytes of an unfinished character may complete a stop string.
                 finish_reason = "stop"
             self._forget(request_id)
         return Delta(request_id, text, tuple(shown), finish_reason, cached[request_id])
