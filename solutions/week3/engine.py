@@ -253,7 +253,7 @@ class Engine:
     limits; blocks, the `CachingBlockManager`; and scheduler, the `Scheduler`, are kept under these
     names, for whoever wants to know how full the engine is.
     A request gets what week 1's `generate` returns for it alone, whoever runs beside it and whoever
-    loses blocks. When nobody waits or runs, all blocks are free.
+    loses blocks. Nothing is kept of who has ended; when nobody waits or runs, all blocks are free.
     For one thread only; `AsyncEngine` is for several.
     Raises ValueError as `Scheduler` and `BlockManager` do, for limits that do not fit together, and
     one that names both lengths when max_model_len exceeds the model's max_position_embeddings.

@@ -1,11 +1,13 @@
 """Grades week3/engine: the pool's size, streams of text, the engine's steps, lists of prompts."""
 
 import contextlib
+import gc
 import io
 import itertools
 import json
 import math
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -196,6 +198,7 @@ STREAMS = {
     "a false start inside itself": ([b"a", b"a", b"a", b"b", b"c"], ["aab"]),
     "held by two ids, released by a third": ([b"a", b"b", b"c", b"x", b"d"], ["abcd"]),
     "released in the middle of an id": ([b"a", b"bab", b"x", b"abc"], ["abc"]),
+    "the rest of a choice that is out": ([b"ab", b"b", b"c"], ["bc"]),
     "one the prefix of another": ([b"xa", b"bc", b"d"], ["abcd", "ab"]),
     "the prefix comes second": ([b"xa", b"bc", b"d"], ["ab", "abcd"]),
     "the later start is complete first": ([b"ab", b"cd", b"ef", b"g"], ["bcdefg", "de"]),
@@ -1000,13 +1003,58 @@ def test_a_failed_step_after_another():
     served.drain()
 
 
+class Stop(str):
+    """A stop string that can be watched."""
+
+
+@contextlib.contextmanager
+def garbage_collected():
+    """At the end, free what the block made and nothing refers to; older objects take too long."""
+    gc.disable()
+    try:
+        yield
+        gc.collect(0)
+    finally:
+        gc.enable()
+
+
+def test_engine_keeps_nothing_of_who_has_ended():
+    limits = engine_lab.EngineLimits(64, 40, block_size=4)
+    model = SumModel()
+    engine = engine_lab.Engine(model, vocabulary(), ENDS, limits)
+    watched = {}
+
+    def add(name: str, **params) -> None:
+        stop = Stop("the" if name == "at a stop string" else "no such text")
+        wanted = engine_lab.GenerationParams(stop=(stop,), ignore_eos=True, **params)
+        engine.add(name, prompt_of(name, 3), wanted)
+        watched[name] = weakref.ref(wanted), weakref.ref(stop)
+
+    with garbage_collected():
+        add("at max_tokens", max_tokens=2)
+        add("at a stop token", stop_token_ids=(9,), logit_bias={9: 100.0})
+        add("at a stop string", logit_bias={17: 100.0})
+        add("aborted")
+        for _ in range(2):
+            engine.step()
+        engine.abort("aborted")
+        add("in a failed step")
+        model.fails_in_layer = 1
+        with contextlib.suppress(engine_lab.StepFailed):
+            engine.step()
+        engine.step()
+    alive = sorted(name for name, refs in watched.items() if any(ref() for ref in refs))
+    of = "Engine, five requests that end in different ways"
+    check_equal(alive, [], "whose params or stop strings are still kept", of=of)
+
+
 @pytest.mark.parametrize("num_blocks", [10, 64])
 def test_engine_describes_each_step(num_blocks):
     records = []
     served = Served(num_blocks, token_budget=16, on_step=records.append)
     shares, finished, free = [], [], []
     for i, name in enumerate("abcd"):
-        served.add(name, 5 + i, 20, ignore_eos=i % 2 > 0, stop=STOPS[:i])
+        served.add(name, 5 + i, 20, ignore_eos=True, stop=STOPS[:1] if i == 3 else ())
     while served.wanted:
         deltas = served.step()
         shares.append(served.model.num_tokens[-1])
@@ -1023,6 +1071,8 @@ def test_engine_describes_each_step(num_blocks):
     preempted = sum(len(one["preempted"]) for one in records)
     expected = served.engine.scheduler.num_preemptions
     check_equal(preempted, expected, "how many are preempted in all records", of=of)
+    text = f"num_preemptions is {expected} with {num_blocks} blocks"
+    check_true((expected > 0) == (num_blocks == 10), text, of=of)
     end = 0.0
     for one in records:
         spans = [one[name] for name in ("schedule_s", "execute_s", "update_s")]
