@@ -26,7 +26,7 @@ NUM_TESTS = {
     "week2/continuous_batching": 241,
     "week3/block_manager": 293,
     "week3/prefix_caching": 230,
-    "week3/engine": 278,
+    "week3/engine": 280,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,

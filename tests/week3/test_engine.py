@@ -122,7 +122,7 @@ class Streamed:
     """A TextStream beside the oracle; id i carries piece i."""
 
     def __init__(self, pieces: Sequence[bytes], stops: Sequence[str] = ()):
-        self.pieces = pieces
+        self.pieces, self.stops = pieces, stops
         ids = list(range(len(pieces)))
         self.answer = answer_of(Vocabulary(pieces), ids, stops)
         self.stream = engine_lab.TextStream(Vocabulary(pieces), stops)
@@ -154,9 +154,8 @@ class Streamed:
         check_equal(self.text, whole[:num_characters], "the text that is out", of=self.of)
         ids = [choice.token_id for choice in self.choices]
         check_equal(ids, list(range(num_ids)), "the ids of the choices that are out", of=self.of)
-        matched = self.answer.matched if count == len(self.answer.shown) - 1 else None
-        if matched is None or count < len(self.pieces):
-            check_equal(self.stream.matched, matched, "matched", of=self.of)
+        matched = expected_stop(whole.removesuffix(UNFINISHED), self.stops)[1]
+        check_equal(self.stream.matched, matched, "matched", of=self.of)
 
     def check_end(self) -> None:
         check_equal(self.text, self.answer.text, "all text joined", of=self.of)
@@ -1210,12 +1209,11 @@ class TextVocabulary(Vocabulary):
 class Listed:
     """An LLM, and what it should answer."""
 
-    def __init__(self, num_blocks: int = 64, **limits):
-        self.model = SumModel()
-        limits = {"block_size": 4, "watermark": 0, "token_budget": 16, "max_num_seqs": 8, **limits}
+    def __init__(self, num_blocks: int = 64, max_num_seqs: int = 8, **options):
+        self.model, self.tokenizer = SumModel(), TextVocabulary(PIECES, SPECIAL)
+        limits = {"block_size": 4, "watermark": 0, "token_budget": 16, "max_num_seqs": max_num_seqs}
         wanted = engine_lab.EngineLimits(num_blocks, 40, **limits)
-        tokenizer = TextVocabulary(PIECES, SPECIAL)
-        self.llm = engine_lab.LLM(self.model, tokenizer, ENDS, wanted)
+        self.llm = engine_lab.LLM(self.model, self.tokenizer, ENDS, wanted, **options)
         self.of = History(f"LLM with {num_blocks} blocks of {limits['block_size']}")
 
     def check(self, prompts: Sequence, params, **options) -> None:
@@ -1342,6 +1340,43 @@ def test_llm_leaves_nothing_behind_when_the_model_fails():
         listed.of.note(f"generate(5 prompts), and the model raises in step {num_steps}", None)
         listed.check_idle()
         listed.check(PROMPTS[1:4], greedy(ignore_eos=True))
+
+
+class Refused(Exception):
+    """What a tokenizer of a test raises."""
+
+
+def test_llm_leaves_nothing_behind_when_the_tokenizer_fails():
+    listed = Listed(max_num_seqs=2)
+    decode = listed.tokenizer.decode
+    for num_calls in (0, 5):
+        calls = itertools.count()
+
+        def fail_later(ids, calls=calls, num_calls=num_calls, **options):
+            if next(calls) == num_calls:
+                raise Refused
+            return decode(ids, **options)
+
+        listed.tokenizer.decode = fail_later
+        with pytest.raises(Refused):
+            listed.llm.generate(PROMPTS[:5], greedy(ignore_eos=True))
+        listed.tokenizer.decode = decode
+        listed.of.note(f"generate(5 prompts), and call {num_calls} of decode raises", None)
+        listed.check_idle()
+        listed.check(PROMPTS[1:4], greedy(ignore_eos=True))
+
+
+def test_llm_asks_for_attention_as_told():
+    asked = []
+
+    def make_attend(cache, batch):
+        asked.append(len(batch.seq_lens))
+        return paged.paged_attend(cache, batch)
+
+    listed = Listed(make_attend=make_attend)
+    listed.check(PROMPTS[:4], greedy())
+    num_steps = len(listed.model.num_tokens)
+    check_equal(len(asked), num_steps, "how often make_attend was called", of=listed.of)
 
 
 @pytest.mark.parametrize("options", [{}, {"show_progress": False}, {"show_progress": True}])
