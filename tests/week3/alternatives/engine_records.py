@@ -1,7 +1,7 @@
 """Week3/engine another way: a record of each request, text as a debt that choices pay one by one.
 
-A pool is sized by an empty block of it, every end of a request is told to the scheduler, and prompts
-of a list are named by numbers that never come again.
+A pool is sized by an empty block of it, every end of a request is told to the scheduler, and
+prompts of a list are named by numbers that never come again.
 """
 
 import time
