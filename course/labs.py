@@ -19,7 +19,14 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "cuda_graphs",
         "continuous_batching",
     ),
-    "week3": ("block_manager", "prefix_caching", "scheduler", "paged_attention", "model_runner"),
+    "week3": (
+        "block_manager",
+        "prefix_caching",
+        "scheduler",
+        "paged_attention",
+        "model_runner",
+        "engine",
+    ),
 }
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.
 DRILLS: dict[str, tuple[str, ...]] = {

@@ -36,13 +36,13 @@ class StepFailed(Exception):
 class GenerationParams(SamplingParams):
     """How to continue a prompt, in the names and units of the OpenAI and vLLM interfaces.
 
-    max_tokens: at least 1. min_tokens: until so many tokens are there, no end-of-sequence token is
-    chosen. ignore_eos: end-of-sequence tokens are tokens like any other. stop: strings that end the
-    text and are not part of it. stop_token_ids: ids that do. logit_bias: id → what is added to its
-    score, in [-100, 100]. logprobs: how many of the most likely tokens are told with each token, at
-    most 20; None tells nothing. cache_salt: requests share the KV of a common beginning only with
-    those that have the same one. The others as in SamplingParams. Raises ValueError for a value
-    outside its range.
+    max_tokens: at least 1. min_tokens: until so many tokens are there, no end-of-sequence token and
+    none of stop_token_ids is chosen. ignore_eos: end-of-sequence tokens are tokens like any other.
+    stop: strings that end the text and are not part of it. stop_token_ids: ids that do. logit_bias:
+    id → what is added to its score, in [-100, 100]. logprobs: how many of the most likely tokens
+    are told with each token, at most 20; None tells nothing. cache_salt: requests share the KV of a
+    common beginning only with those that have the same one. The others as in SamplingParams. Raises
+    ValueError for a value outside its range.
     """
 
     max_tokens: int = 16
@@ -194,7 +194,8 @@ def step_record(
 class TextStream:
     """Turn the tokens of one request into what may be shown of them.
 
-    decode: see `IncrementalDetokenizer`. stop: stop strings, see `StopMatcher`.
+    decode: see `IncrementalDetokenizer`; the bound on the ids that it is passed holds for `add` and
+        `flush` too. stop: stop strings, see `StopMatcher`.
     Text comes out as soon as no stop string can take it back, and the choices that brought it come
     with it: up to the first one after which all text that is out was there. So both end alike when
     a stop string matches, and joined they are what week 1's `generate` returns.
@@ -219,7 +220,10 @@ class TextStream:
         return self._release(self._matcher.add(text))
 
     def flush(self) -> tuple[str, list[Choice]]:
-        """End the stream; returns the text and the choices that were held back."""
+        """End the stream; returns the text and the choices that were held back.
+
+        Where no stop string has matched, no choice is left out, also none without text.
+        """
         text = self._matcher.add(self._detokenizer.flush())
         text, choices = self._release(text + self._matcher.flush())
         if self.matched is None:
@@ -241,11 +245,15 @@ class TextStream:
 class Engine:
     """Many requests through one model and one pool of KV blocks, a step at a time.
 
-    model, tokenizer: as loaded; the tokenizer is called for decoding only. eos_token_ids: what ends
-        an answer. limits: how much it takes on. make_attend: as in `ModelRunner`.
-    on_step: called at the end of each step with its `step_record`; with None, none is made.
+    model: as loaded. tokenizer: called for decoding only, as decode(ids, skip_special_tokens=True).
+    eos_token_ids: what ends an answer. limits: how much it takes on. make_attend: as in
+        `ModelRunner`.
+    on_step: called at the end of each step with its `step_record`; with None, none is made. There
+        is none either of a `step` that has nothing to compute, or fails.
     limits; blocks, the `CachingBlockManager`; and scheduler, the `Scheduler`, are kept under these
     names, for whoever wants to know how full the engine is.
+    A request gets what week 1's `generate` returns for it alone, whoever runs beside it and whoever
+    loses blocks. Nothing is kept of who has ended; when nobody waits or runs, all blocks are free.
     For one thread only; `AsyncEngine` is for several.
     Raises ValueError as `Scheduler` and `BlockManager` do, for limits that do not fit together, and
     one that names both lengths when max_model_len exceeds the model's max_position_embeddings.
@@ -286,7 +294,12 @@ class Engine:
         return self.scheduler.num_unfinished
 
     def check(self, prompt_ids: Sequence[int], params: GenerationParams) -> None:
-        """Raise ValueError for what `add` would refuse whatever else runs; for any thread."""
+        """Raise ValueError for what `add` would refuse whatever else runs; for any thread.
+
+        That is an empty prompt; one that leaves no room for one token, whose length is named
+        together with max_model_len; and an id, also in logit_bias and stop_token_ids, that is no
+        int or outside the vocabulary, which is named together with the size of the vocabulary.
+        """
         limit = self.limits.max_model_len
         if len(prompt_ids) == 0:
             raise ValueError("the prompt is empty; it needs at least 1 token")
@@ -296,16 +309,16 @@ class Engine:
                 f"the context is {limit} tokens"
             )
         for token_id in itertools.chain(prompt_ids, params.logit_bias, params.stop_token_ids):
-            if not 0 <= token_id < self._vocab_size:
+            if not isinstance(token_id, int) or not 0 <= token_id < self._vocab_size:
                 raise ValueError(
-                    f"token id {token_id} is outside the vocabulary of {self._vocab_size}"
+                    f"token id {token_id!r} is outside the vocabulary of {self._vocab_size}"
                 )
 
     def add(self, request_id: str, prompt_ids: Sequence[int], params: GenerationParams) -> None:
         """Let a request wait for its first step.
 
-        Raises ValueError, with nothing changed, for what `check` refuses, and when a request with
-        its id has not ended.
+        Raises ValueError, with nothing changed, for what `check` refuses, and, with the id, when a
+        request with its id has not ended. Who has ended may keep the id until the next `step`.
         """
         self.check(prompt_ids, params)
         ending = frozenset() if params.ignore_eos else self._eos_token_ids
@@ -326,14 +339,16 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing comes out for it from now on. An unknown id is no error."""
-        self.scheduler.abort(request_id)
-        self._forget(request_id)
+        self._end(request_id)
+        self._free_when_idle()
 
     def step(self) -> list[Delta]:
         """Compute one step; returns what came to the requests that have something to show.
 
-        Raises StepFailed when the model raises: the requests of the step have ended, without a
-        delta; the others go on with the next step.
+        Returns [] when nobody waits or runs.
+        Raises StepFailed, from the error, when the model raises: the requests of the step have
+        ended, without a delta, and nobody finds anything of what it would have computed; the others
+        go on with the next step.
         """
         start = time.perf_counter()
         step = self.scheduler.schedule()
@@ -352,6 +367,7 @@ class Engine:
         )
         deltas = [self._delta(output, chosen, cached) for output in outputs]
         deltas = [delta for delta in deltas if delta.text or delta.choices or delta.finish_reason]
+        self._free_when_idle()
         if self._on_step is not None:
             times = start, planned, computed, time.perf_counter()
             self._on_step(
@@ -363,9 +379,10 @@ class Engine:
     def _give_up(self, step: Step, error: Exception) -> NoReturn:
         request_ids = [part.request_id for part in step.parts]
         for request_id in request_ids:
-            self.abort(request_id)
+            self._end(request_id)
         # Nothing of an aborted request is published, so that no KV is found that is not there.
         self.scheduler.update(step, {})
+        self._free_when_idle()
         raise StepFailed(request_ids) from error
 
     def _delta(
@@ -376,14 +393,25 @@ class Engine:
         text, shown = "", []
         if output.token_ids:
             text, shown = stream.add(chosen[request_id])
-            if stream.matched is not None:
-                finish_reason = "stop"
-                self.scheduler.abort(request_id)
-        if finish_reason is not None:
+        if stream.matched is not None:
+            self.scheduler.abort(request_id)
+        if stream.matched is not None or finish_reason is not None:
             piece, certain = stream.flush()
             text, shown = text + piece, shown + certain
+            # Asked again: the bytes of an unfinished character may complete a stop string.
+            if stream.matched is not None:
+                finish_reason = "stop"
             self._forget(request_id)
         return Delta(request_id, text, tuple(shown), finish_reason, cached[request_id])
+
+    def _end(self, request_id: str) -> None:
+        self.scheduler.abort(request_id)
+        self._forget(request_id)
+
+    def _free_when_idle(self) -> None:
+        # The aborted keep their blocks until the next plan, and nobody else may ask for one.
+        if self.scheduler.num_unfinished == 0:
+            self.scheduler.schedule()
 
     def _forget(self, request_id: str) -> None:
         self._runner.remove(request_id)
@@ -396,7 +424,9 @@ class Engine:
 class LLM:
     """Answer a list of prompts, together.
 
-    model, tokenizer, eos_token_ids, limits, make_attend: as in `Engine`.
+    model, tokenizer, eos_token_ids, limits, make_attend: as in `Engine`. The tokenizer is called
+        for encoding too.
+    engine, an `Engine` of which nobody else makes use, is kept under this name.
     """
 
     def __init__(
@@ -419,27 +449,33 @@ class LLM:
         """Continue prompts; returns their completions in the same order.
 
         prompts: texts, or ids. params: for all of them, or one for each. show_progress: draw a bar.
-        Raises ValueError, before any step, when the numbers of prompts and params differ, and for
-        what `Engine.check` refuses.
+        Raises ValueError, before any step, when the numbers of prompts and params differ, which it
+        names, and for what `Engine.check` refuses. Whatever ends the call early, nothing of it is
+        left in the engine.
         """
         every = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
         if len(every) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts, and params for {len(every)}")
         ids = [self._encode(prompt) for prompt in prompts]
-        for prompt_ids, wanted in zip(ids, every, strict=True):
-            self.engine.check(prompt_ids, wanted)
-        completions = [Completion(tuple(prompt_ids)) for prompt_ids in ids]
-        for i, (prompt_ids, wanted) in enumerate(zip(ids, every, strict=True)):
-            self.engine.add(str(i), prompt_ids, wanted)
-        with tqdm(total=len(prompts), disable=not show_progress, unit="prompt") as bar:
+        completions = {str(i): Completion(tuple(one)) for i, one in enumerate(ids)}
+        try:
+            for name, prompt_ids, wanted in zip(completions, ids, every, strict=True):
+                self.engine.add(name, prompt_ids, wanted)
+            self._run(completions, show_progress)
+        finally:
+            for name in completions:
+                self.engine.abort(name)
+        return list(completions.values())
+
+    def _run(self, completions: Mapping[str, Completion], show_progress: bool) -> None:
+        with tqdm(total=len(completions), disable=not show_progress, unit="prompt") as bar:
             while self.engine.num_unfinished:
                 for delta in self.engine.step():
-                    completion = completions[int(delta.request_id)]
+                    completion = completions[delta.request_id]
                     completion.choices += delta.choices
                     completion.text += delta.text
                     completion.finish_reason = delta.finish_reason
                     bar.update(delta.finish_reason is not None)
-        return completions
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

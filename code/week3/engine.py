@@ -1,0 +1,334 @@
+"""The engine: requests in, text out, a step at a time."""
+
+import itertools
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from week1.generate import IncrementalDetokenizer, StopMatcher
+from week1.gqa import Attend
+from week1.qwen import Qwen, QwenConfig
+from week1.sampling import SamplingParams
+from week3.model_runner import Choice, ModelRunner, SamplingState
+from week3.paged_attention import PagedBatch, PagedKVCache, paged_attend, paged_cache_for
+from week3.prefix_caching import CachingBlockManager
+from week3.scheduler import Output, Request, Scheduler, Step
+
+__all__ = ["plan_pool", "TextStream", "Engine", "LLM"]
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100.0
+
+
+class StepFailed(Exception):
+    """The model raised in a step. request_ids: of those whose step it was; they have ended."""
+
+    def __init__(self, request_ids: Sequence[str]):
+        super().__init__(f"a step of {len(request_ids)} requests failed")
+        self.request_ids = tuple(request_ids)
+
+
+@dataclass(frozen=True)
+class GenerationParams(SamplingParams):
+    """How to continue a prompt, in the names and units of the OpenAI and vLLM interfaces.
+
+    max_tokens: at least 1. min_tokens: until so many tokens are there, no end-of-sequence token and
+    none of stop_token_ids is chosen. ignore_eos: end-of-sequence tokens are tokens like any other.
+    stop: strings that end the text and are not part of it. stop_token_ids: ids that do. logit_bias:
+    id → what is added to its score, in [-100, 100]. logprobs: how many of the most likely tokens
+    are told with each token, at most 20; None tells nothing. cache_salt: requests share the KV of a
+    common beginning only with those that have the same one. The others as in SamplingParams. Raises
+    ValueError for a value outside its range.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    cache_salt: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be in [0, max_tokens = {self.max_tokens}], got {self.min_tokens}"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs must be in [0, {MAX_LOGPROBS}], got {self.logprobs}")
+        for token_id, bias in self.logit_bias.items():
+            if not abs(bias) <= MAX_LOGIT_BIAS:
+                raise ValueError(f"logit_bias of {token_id} must be in [-100, 100], got {bias}")
+        if not all(self.stop):
+            raise ValueError("a stop string must have at least 1 character, got ''")
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much an engine takes on.
+
+    num_blocks, block_size: of its KV pool. max_num_seqs: how many requests run at once.
+    token_budget: tokens of one step. max_model_len: prompt and completion of a request together.
+    watermark: as in `BlockManager`. prefix_caching: whether beginnings that were computed before
+    are found again.
+    """
+
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int = 64
+    token_budget: int = 512
+    block_size: int = 16
+    watermark: int = 1
+    prefix_caching: bool = True
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What came to a request since its last delta.
+
+    text and choices are the parts that no stop string can take back any more. finish_reason: None
+    while it goes on; "stop", "length", or "abort" at its end. num_cached_tokens: of its prompt, how
+    many tokens were not computed anew.
+    """
+
+    request_id: str
+    text: str
+    choices: tuple[Choice, ...]
+    finish_reason: str | None
+    num_cached_tokens: int = 0
+
+
+@dataclass
+class Completion:
+    """One answer: its choices and text without what ended it; finish_reason as in `Delta`."""
+
+    prompt_ids: tuple[int, ...]
+    choices: list[Choice] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of the choices."""
+        return [choice.token_id for choice in self.choices]
+
+
+def plan_pool(
+    config: QwenConfig,
+    num_bytes: int,
+    itemsize: int,
+    block_size: int = 16,
+    max_model_len: int | None = None,
+) -> tuple[int, int]:
+    """Choose how many blocks a KV pool has, and how long a request may get in it.
+
+    num_bytes: what the pool may take. itemsize: bytes of one stored number. max_model_len: what is
+        asked for; None asks for the model's whole context.
+    Returns (num_blocks, max_model_len). The pool has as many blocks as num_bytes holds. Where one
+    request of the length asked for does not fit, max_model_len is what does fit.
+    Raises ValueError, which names num_bytes and the bytes of a block, when not one block fits, and
+    one that names both lengths when more is asked for than the model's max_position_embeddings.
+    """
+    raise NotImplementedError(
+        "week3/engine.py: plan_pool is not written yet → sessions/week3/engine.md"
+    )
+
+
+def step_record(
+    number: int,
+    step: Step,
+    deltas: Sequence[Delta],
+    times: Sequence[float],
+    scheduler: Scheduler,
+    blocks: CachingBlockManager,
+) -> dict[str, Any]:
+    """Describe a step for a trace, in what JSON can hold.
+
+    number: how many steps came before it. times: of time.perf_counter, when it began, was planned,
+    was computed, and when all was taken in. The fields are explained in sessions/week3/trace.md.
+    """
+    start, planned, computed, end = times
+    return {
+        "step": number,
+        "time": start,
+        "schedule_s": planned - start,
+        "execute_s": computed - planned,
+        "update_s": end - computed,
+        "parts": [
+            {
+                "request_id": part.request_id,
+                "num_computed_tokens": part.num_computed_tokens,
+                "num_tokens": len(part.token_ids),
+                "catches_up": part.catches_up,
+                "block_table": list(blocks.block_table(part.request_id)),
+            }
+            for part in step.parts
+        ],
+        "preempted": list(step.preempted),
+        "finished": {d.request_id: d.finish_reason for d in deltas if d.finish_reason},
+        "num_waiting": scheduler.num_waiting,
+        "num_running": scheduler.num_running,
+        "num_free_blocks": blocks.num_free_blocks,
+        "num_cached_blocks": blocks.num_cached_blocks,
+        "num_prompt_tokens": scheduler.num_prompt_tokens,
+        "num_cached_tokens": scheduler.num_cached_tokens,
+        "num_preemptions": scheduler.num_preemptions,
+    }
+
+
+class TextStream:
+    """Turn the tokens of one request into what may be shown of them.
+
+    decode: see `IncrementalDetokenizer`; the bound on the ids that it is passed holds for `add` and
+        `flush` too. stop: stop strings, see `StopMatcher`.
+    Text comes out as soon as no stop string can take it back, and the choices that brought it come
+    with it: up to the first one after which all text that is out was there. So both end alike when
+    a stop string matches, and joined they are what week 1's `generate` returns.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Collection[str] = ()):
+        raise NotImplementedError(
+            "week3/engine.py: TextStream.__init__ is not written yet → sessions/week3/engine.md"
+        )
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended the text; None as long as none did."""
+        raise NotImplementedError(
+            "week3/engine.py: TextStream.matched is not written yet → sessions/week3/engine.md"
+        )
+
+    def add(self, choice: Choice) -> tuple[str, list[Choice]]:
+        """Take the next token; returns the text and the choices that are certain with it."""
+        raise NotImplementedError(
+            "week3/engine.py: TextStream.add is not written yet → sessions/week3/engine.md"
+        )
+
+    def flush(self) -> tuple[str, list[Choice]]:
+        """End the stream; returns the text and the choices that were held back.
+
+        Where no stop string has matched, no choice is left out, also none without text.
+        """
+        raise NotImplementedError(
+            "week3/engine.py: TextStream.flush is not written yet → sessions/week3/engine.md"
+        )
+
+
+class Engine:
+    """Many requests through one model and one pool of KV blocks, a step at a time.
+
+    model: as loaded. tokenizer: called for decoding only, as decode(ids, skip_special_tokens=True).
+    eos_token_ids: what ends an answer. limits: how much it takes on. make_attend: as in
+        `ModelRunner`.
+    on_step: called at the end of each step with its `step_record`; with None, none is made. There
+        is none either of a `step` that has nothing to compute, or fails.
+    limits; blocks, the `CachingBlockManager`; and scheduler, the `Scheduler`, are kept under these
+    names, for whoever wants to know how full the engine is.
+    A request gets what week 1's `generate` returns for it alone, whoever runs beside it and whoever
+    loses blocks. Nothing is kept of who has ended; when nobody waits or runs, all blocks are free.
+    For one thread only; `AsyncEngine` is for several.
+    Raises ValueError as `Scheduler` and `BlockManager` do, for limits that do not fit together, and
+    one that names both lengths when max_model_len exceeds the model's max_position_embeddings.
+    """
+
+    def __init__(
+        self,
+        model: Qwen,
+        tokenizer: Any,
+        eos_token_ids: Collection[int],
+        limits: EngineLimits,
+        make_attend: Callable[[PagedKVCache, PagedBatch], Attend] = paged_attend,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        raise NotImplementedError(
+            "week3/engine.py: Engine.__init__ is not written yet → sessions/week3/engine.md"
+        )
+
+    @property
+    def num_unfinished(self) -> int:
+        """How many requests wait or run."""
+        raise NotImplementedError(
+            "week3/engine.py: Engine.num_unfinished is not written yet → sessions/week3/engine.md"
+        )
+
+    def check(self, prompt_ids: Sequence[int], params: GenerationParams) -> None:
+        """Raise ValueError for what `add` would refuse whatever else runs; for any thread.
+
+        That is an empty prompt; one that leaves no room for one token, whose length is named
+        together with max_model_len; and an id, also in logit_bias and stop_token_ids, that is no
+        int or outside the vocabulary, which is named together with the size of the vocabulary.
+        """
+        raise NotImplementedError(
+            "week3/engine.py: Engine.check is not written yet → sessions/week3/engine.md"
+        )
+
+    def add(self, request_id: str, prompt_ids: Sequence[int], params: GenerationParams) -> None:
+        """Let a request wait for its first step.
+
+        Raises ValueError, with nothing changed, for what `check` refuses, and, with the id, when a
+        request with its id has not ended. Who has ended may keep the id until the next `step`.
+        """
+        raise NotImplementedError(
+            "week3/engine.py: Engine.add is not written yet → sessions/week3/engine.md"
+        )
+
+    def abort(self, request_id: str) -> None:
+        """End a request; nothing comes out for it from now on. An unknown id is no error."""
+        raise NotImplementedError(
+            "week3/engine.py: Engine.abort is not written yet → sessions/week3/engine.md"
+        )
+
+    def step(self) -> list[Delta]:
+        """Compute one step; returns what came to the requests that have something to show.
+
+        Returns [] when nobody waits or runs.
+        Raises StepFailed, from the error, when the model raises: the requests of the step have
+        ended, without a delta, and nobody finds anything of what it would have computed; the others
+        go on with the next step.
+        """
+        raise NotImplementedError(
+            "week3/engine.py: Engine.step is not written yet → sessions/week3/engine.md"
+        )
+
+
+class LLM:
+    """Answer a list of prompts, together.
+
+    model, tokenizer, eos_token_ids, limits, make_attend: as in `Engine`. The tokenizer is called
+        for encoding too.
+    engine, an `Engine` of which nobody else makes use, is kept under this name.
+    """
+
+    def __init__(
+        self,
+        model: Qwen,
+        tokenizer: Any,
+        eos_token_ids: Collection[int],
+        limits: EngineLimits,
+        make_attend: Callable[[PagedKVCache, PagedBatch], Attend] = paged_attend,
+    ):
+        raise NotImplementedError(
+            "week3/engine.py: LLM.__init__ is not written yet → sessions/week3/engine.md"
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: GenerationParams | Sequence[GenerationParams],
+        show_progress: bool = False,
+    ) -> list[Completion]:
+        """Continue prompts; returns their completions in the same order.
+
+        prompts: texts, or ids. params: for all of them, or one for each. show_progress: draw a bar.
+        Raises ValueError, before any step, when the numbers of prompts and params differ, which it
+        names, and for what `Engine.check` refuses. Whatever ends the call early, nothing of it is
+        left in the engine.
+        """
+        raise NotImplementedError(
+            "week3/engine.py: LLM.generate is not written yet → sessions/week3/engine.md"
+        )
