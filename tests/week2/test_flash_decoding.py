@@ -20,7 +20,6 @@ from course.launches import (
     DEVICE,
     DTYPES,
     check_kernel_computes,
-    check_only_kernels_compute,
     count_programs,
     counted_reads,
     observed,
@@ -525,15 +524,6 @@ def test_decode_is_computed_by_kernels(num_splits):
 
     of = f"flash_decode of rows of {list(num_tokens)} tokens, num_splits: {num_splits}"
     check_kernel_computes(call, of, num_launches=2)
-
-
-@pytest.mark.parametrize("num_splits", [None, 1, 3])
-def test_decode_leaves_all_work_to_its_kernels(num_splits):
-    num_tokens = (40, 3)
-    q, keys, values = inputs((4, 2), num_tokens, 45, 8)
-    of = of_decode(q, keys, num_tokens, num_splits)
-    there = lengths(num_tokens)
-    check_only_kernels_compute(fd.flash_decode, q, keys, values, there, num_splits, of=of)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter sees what is read")
