@@ -26,7 +26,7 @@ def add_rms_norm(
     it is x itself. normed is a new tensor: week 1's `rms_norm` of summed. Everything is computed in
     float32 and rounded to x's dtype at the same places as there: the sum, before it is squared; the
     weight; the normalised number, before it meets the weight; their product.
-    One launch of a kernel computes both. Of tensors with up to three axes nothing is copied first.
+    One launch of a kernel computes both; what is not contiguous may be copied first.
     """
     raise NotImplementedError(
         "week2/fused_kernels.py: add_rms_norm is not written yet → sessions/week2/fused_kernels.md"
@@ -45,7 +45,7 @@ def rotate(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> tuple[Tens
     A position outside of [0, len(table)) is no error, since the host would have to wait for the
     device to learn of it: all numbers of such a token become NaN, and nothing outside of the table
     is read.
-    One launch of a kernel computes both, and nothing is copied first.
+    One launch of a kernel computes both; what is not contiguous may be copied first.
     """
     raise NotImplementedError(
         "week2/fused_kernels.py: rotate is not written yet → sessions/week2/fused_kernels.md"
@@ -60,7 +60,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     are left as they were.
     Returns a new tensor of their shape and dtype: what week 1's `silu_mul` gives. The SiLU of gate
     is computed in float32 and rounded to the dtype, and so is its product with up.
-    One launch of a kernel computes it. Of tensors with up to three axes nothing is copied first.
+    One launch of a kernel computes it; what is not contiguous may be copied first.
     """
     raise NotImplementedError(
         "week2/fused_kernels.py: silu_mul is not written yet → sessions/week2/fused_kernels.md"

@@ -81,11 +81,11 @@ def flash_decode(
     Returns (rows, num_heads, head_dim), q's dtype. Scores, weights and sums are float32, also
     between the kernels; only weights may be rounded to q's dtype, to be multiplied with values. The
     arguments are left as they were.
-    One kernel is launched, or two: what the first one gives for each split may be merged by a kernel
-    or by `merge_splits`. Each row, key/value head and split has a program of its own. The kernels
-    read each key and value of a row's tokens once, where it lies, however many query heads and
-    splits there are. The host does not wait for the device: what is launched follows from shapes
-    and num_splits alone.
+    One kernel is launched, or two: what the first one gives for each split may be merged by another
+    one or by `merge_splits`. Each row, key/value head and split has a program of its own. The
+    kernels read each key and value of a row's tokens once, where it lies, however many query heads
+    and splits there are. The host does not wait for the device: what is launched follows from
+    shapes and num_splits alone.
     Raises ValueError, which gives both numbers, when num_heads does not divide by num_kv_heads; and
     one that gives the value when num_splits is below 1.
     Source: Dao, Haziza, Massa and Sizov 2023, "Flash-Decoding for long-context inference".

@@ -20,7 +20,7 @@ NUM_TESTS = {
     "week2/roofline": 289,
     "week2/flash_attention": 235,
     "week2/cuda_graphs": 187,
-    "week2/fused_kernels": 242,
+    "week2/fused_kernels": 233,
     "week2/quantization": 220,
     "week2/flash_decoding": 209,
     "week2/continuous_batching": 241,

@@ -63,7 +63,7 @@ class Int4Weight:
 def quantize_int8(weight):
     """Round half up, and give a row of zeros the scale 1."""
     _check(weight)
-    weight = weight.to(torch.float32)
+    weight = weight.detach().to(torch.float32)
     low, high = weight.aminmax(dim=1)
     scales = torch.maximum(-low, high) / 127
     scales[scales == 0] = 1
@@ -93,7 +93,7 @@ def quantize_int4(weight, group_size):
     if group_size not in (16, 32, 64, 128, 256):
         raise ValueError(f"group_size {group_size} is none of 16, 32, 64, 128, 256")
     codes, scales, zeros = [], [], []
-    for group in weight.to(torch.float32).split(group_size, dim=1):
+    for group in weight.detach().to(torch.float32).split(group_size, dim=1):
         low = group.amin(1, keepdim=True).clamp(max=0)
         scale = (group.amax(1, keepdim=True).clamp(min=0) - low) / 15
         scale[scale == 0] = 1
