@@ -31,7 +31,8 @@ class RequestHandle:
     """What comes to one request: an asynchronous iterator of its deltas, up to the last one.
 
     Made by `AsyncEngine.submit`, in the event loop in which it is iterated, once.
-    Iterating raises EngineFailed, and ends, when the model raised in one of the request's steps.
+    Iterating raises EngineFailed, and ends, when the model raised in one of the request's steps, or
+    the id is not free yet: that of an aborted request is, after the engine's next step.
     """
 
     def __init__(self, abort: Callable[[], None]):
@@ -132,9 +133,16 @@ class AsyncEngine:
                 raise EngineBusy(f"{len(self._handles)} requests run or wait already")
             handle = RequestHandle(lambda: self._abort(request_id))
             self._handles[request_id] = handle
-            self._commands.append(lambda: self.engine.add(request_id, prompt_ids, params))
+            self._commands.append(lambda: self._add(request_id, prompt_ids, params))
             self._changed.notify()
         return handle
+
+    def _add(self, request_id: str, prompt_ids: Sequence[int], params: GenerationParams) -> None:
+        try:
+            self.engine.add(request_id, prompt_ids, params)
+        except ValueError as error:
+            # The engine still holds blocks for an id that was aborted a moment ago.
+            self._deliver({request_id: error})
 
     def _abort(self, request_id: str) -> None:
         with self._changed:
