@@ -255,7 +255,11 @@ def test_store_with_any_strides(layout):
     check_store([3, 9, -1, 18, 4], layouts=(layout, layout), note=f"\nk, v: {layout.__doc__}")
 
 
-@pytest.mark.parametrize("layouts", [(of_columns, of_tokens), (of_tokens, every_other)], ids=str)
+@pytest.mark.parametrize(
+    "layouts",
+    [(of_columns, of_tokens), (of_tokens, every_other)],
+    ids=["columns and tokens", "tokens and every other"],
+)
 def test_store_with_other_strides_for_each(layouts):
     check_store([3, 9, -1, 18, 4], layouts=layouts, note=f"\nk: {layouts[0].__doc__}")
 
