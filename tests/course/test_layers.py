@@ -80,7 +80,9 @@ def test_pristine_stubs_are_red_only_because_nothing_is_written(tree, path):
     assert result.returncode == 1
     assert f"{sum(num_tests.values())} failed" in result.stdout
     for lab in labs:
-        assert result.stdout.count(f"{lab.name}.py: not written yet") == 1
+        # A lab whose tests all begin with an earlier one says which.
+        own = result.stdout.count(f"{lab.name}.py: not written yet")
+        assert own == 1 or (own == 0 and f"{lab.name}.py uses " in result.stdout)
     assert "Traceback" not in result.stdout and "FAILURES" not in result.stdout
     # A whole red week is one screen: the dots of a file fill a few lines.
     assert len(result.stdout.splitlines()) <= 60 * len({lab.week for lab in labs})
