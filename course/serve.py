@@ -101,7 +101,8 @@ def paged_engine(
         model.config, num_bytes, itemsize, wanted.block_size, wanted.max_model_len
     )
     # More than all requests together can fill would lie there for nothing.
-    per_request = -(-max_model_len // wanted.block_size)
+    blocks = importlib.import_module("week3.block_manager")
+    per_request = blocks.num_blocks_for(max_model_len, wanted.block_size)
     limits = lab.EngineLimits(
         num_blocks=min(num_blocks, per_request * wanted.max_num_seqs + 1),
         max_model_len=max_model_len,

@@ -88,11 +88,6 @@ class AsyncEngine:
         self._deadline = math.inf
 
     @property
-    def num_unfinished(self) -> int:
-        """How many requests are there whose last delta is not out."""
-        return len(self._handles)
-
-    @property
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()

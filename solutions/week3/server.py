@@ -166,6 +166,9 @@ def create_app(engine: AsyncEngine, tokenizer: Any, params: ServerParams) -> Fas
     app.add_middleware(_Guard, api_key=params.api_key, max_body_bytes=params.max_body_bytes)
     for kind, handler in (
         (RequestError, _refuse),
+        (EngineBusy, _refuse_engine),
+        (EngineClosed, _refuse_engine),
+        (EngineFailed, _refuse_engine),
         (RequestValidationError, _refuse_invalid),
         (HTTPException, _refuse_http),
         (Exception, _refuse_unknown),
@@ -315,24 +318,19 @@ class _Server:
             raise RequestError(400, text, "n")
         limit = self._engine.engine.limits.max_model_len
         handles: list[RequestHandle] = []
-        try:
+        with contextlib.ExitStack() as submitted:
             for prompt_ids in prompts:
                 params = params_of(body, len(prompt_ids), limit)
                 for i in range(num_choices):
                     name = f"{request_id}-{len(handles)}"
                     seed = None if params.seed is None else (params.seed + i) % 2**63
-                    variant = replace(params, seed=seed)
-                    handles.append(self._engine.submit(name, prompt_ids, variant))
-        except BaseException as error:
-            for handle in handles:
-                handle.abort()
-            if isinstance(error, ValueError):
-                raise RequestError(400, str(error)) from None
-            if isinstance(error, EngineBusy):
-                raise RequestError(429, str(error)) from None
-            if isinstance(error, EngineClosed):
-                raise RequestError(503, str(error)) from None
-            raise
+                    try:
+                        handle = self._engine.submit(name, prompt_ids, replace(params, seed=seed))
+                    except ValueError as error:
+                        raise RequestError(400, str(error)) from None
+                    submitted.callback(handle.abort)
+                    handles.append(handle)
+            submitted.pop_all()  # every choice is there, so that none is taken back
         return handles
 
 
@@ -389,14 +387,11 @@ class _Answer:
         texts = [""] * len(self._handles)
         choices: list[list[Choice]] = [[] for _ in self._handles]
         reasons = ["abort"] * len(self._handles)
-        try:
-            async with contextlib.aclosing(self._deltas(receive)) as deltas:
-                async for index, delta in deltas:
-                    texts[index] += delta.text
-                    choices[index] += delta.choices
-                    reasons[index] = delta.finish_reason or "abort"
-        except EngineFailed as error:
-            raise RequestError(500, str(error)) from None
+        async with contextlib.aclosing(self._deltas(receive)) as deltas:
+            async for index, delta in deltas:
+                texts[index] += delta.text
+                choices[index] += delta.choices
+                reasons[index] = delta.finish_reason or "abort"
         parts = [
             {
                 "index": index,
@@ -494,6 +489,11 @@ def _error_response(status: int, message: str, param: str | None = None) -> JSON
 
 async def _refuse(_: Request, error: RequestError) -> JSONResponse:
     return _error_response(error.status, str(error), error.param)
+
+
+async def _refuse_engine(_: Request, error: Exception) -> JSONResponse:
+    status = {EngineBusy: 429, EngineClosed: 503, EngineFailed: 500}[type(error)]
+    return _error_response(status, str(error))
 
 
 async def _refuse_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
