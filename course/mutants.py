@@ -492,6 +492,11 @@ def _write_results(lab: Lab, results: dict) -> None:
 def _run_all(lab: Lab, mutants: list[Mutant], diagnosed: bool = False) -> dict[Mutant, Verdict]:
     """Run each mutant in a fork of this process, which has the libraries loaded already."""
     _import_what_the_suite_imports(lab)
+    if diagnosed:
+        from course import replay  # which brings torch, for which `_prepare` sets the threads
+
+        replay.wrong_solutions(lab)  # once, and not in every fork
+    gc.freeze()
     waiting, running = list(reversed(mutants)), {}
     verdicts: dict[Mutant, Verdict] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -519,7 +524,6 @@ def _import_what_the_suite_imports(lab: Lab) -> None:
     tree = ast.parse(lab.tests.read_bytes())
     for name in layers.imported_modules(tree):
         importlib.import_module(name)
-    gc.freeze()
 
 
 def _start(mutant: Mutant, target: Path, diagnosed: bool) -> int:

@@ -24,6 +24,9 @@ from course.labs import Lab, all_labs, find_labs
 SECONDS_PER_TEST = 20.0
 # The backstop for loops that the first limit cannot reach, such as one inside a library.
 HARD_LIMIT_FACTOR = 5
+# How many seconds may pass for one of computing.
+PATIENCE = 4
+_ALARMS = [getattr(signal, name) for name in ("SIGALRM", "SIGPROF") if hasattr(signal, "setitimer")]
 MAX_PRINTED = 200_000
 MAX_SHOWN_FAILURES = 3
 # What a test's report carries about its lab, so that it survives the way from an xdist worker.
@@ -246,10 +249,13 @@ class _LimitedStream:
 
 
 class _TimeLimit:
-    """Raises OutOfTime in the main thread when the block runs too long; POSIX only."""
+    """Raises OutOfTime in the main thread when the block runs too long; POSIX only.
 
-    def __init__(self, seconds: float):
-        self._seconds = seconds
+    computing: the limit in seconds of the processor's time; None sets none.
+    """
+
+    def __init__(self, seconds: float, computing: float | None = None):
+        self._seconds, self._computing = seconds, computing
         self._usable = (
             hasattr(signal, "setitimer")
             and threading.current_thread() is threading.main_thread()
@@ -258,14 +264,18 @@ class _TimeLimit:
 
     def __enter__(self) -> None:
         if self._usable:
-            self._previous = signal.signal(signal.SIGALRM, self._stop)
+            self._previous = [signal.signal(kind, self._stop) for kind in _ALARMS]
             # Again every second, for code that catches everything inside its loop.
             signal.setitimer(signal.ITIMER_REAL, self._seconds, 1.0)
+            if self._computing is not None:
+                signal.setitimer(signal.ITIMER_PROF, self._computing, 1.0)
 
     def __exit__(self, *_: object) -> None:
         if self._usable:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
-            signal.signal(signal.SIGALRM, self._previous)
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
+            for kind, previous in zip(_ALARMS, self._previous, strict=True):
+                signal.signal(kind, previous)
 
     def _stop(self, *_: object) -> None:
         if sys.gettrace() is not None:
@@ -321,8 +331,13 @@ def _beliefs(item: pytest.Item, error: BaseException, lab: Lab, seconds: float) 
 
 def _diagnosis(config: pytest.Config) -> diagnosis.Diagnosis:
     if _current not in config.stash:
-        config.stash[_current] = diagnosis.Diagnosis(_TimeLimit)
+        config.stash[_current] = diagnosis.Diagnosis(_computing_limit)
     return config.stash[_current]
+
+
+def _computing_limit(seconds: float) -> _TimeLimit:
+    # On a busy machine computing takes longer, and a wrong solution may wait for ever.
+    return _TimeLimit(PATIENCE * seconds, seconds)
 
 
 _current: pytest.StashKey[diagnosis.Diagnosis] = pytest.StashKey()
