@@ -9,7 +9,8 @@ result as the learner's code. It is named only when nothing speaks against it:
 - it explains more failures than any other row;
 - where all that it explains is a flag, a token or a sentence, it explains every failure.
 
-The verdicts of the tests are settled before and stay. Time is the processor's, so that what is
+A test says nothing of a lab when the reference in its place gets the same result: then the mistake
+is in an earlier lab, which the lab is built on. The verdicts of the tests are settled before and stay. Time is the processor's, so that what is
 named does not depend on what else the machine does.
 """
 
@@ -17,6 +18,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 from course import mutants, replay
 from course.evidence import is_same, is_strong
@@ -49,7 +51,8 @@ class _Case:
     """What is known of one lab.
 
     caught_by: the test that was the first to catch a misconception when the graders were measured.
-    matches: by name of the misconception, the tests it explains.
+    matches: by name of the misconception, the tests it explains. telling: by name of a test,
+    whether the reference gets another result than the learner's code.
     """
 
     caught_by: Mapping[str, str]
@@ -57,6 +60,7 @@ class _Case:
     matches: dict[str, set[str]] = field(default_factory=dict)
     refuted: set[str] = field(default_factory=set)
     seen: set[tuple[str, str]] = field(default_factory=set)
+    telling: dict[str, bool] = field(default_factory=dict)
     incomparable: set[tuple[str, str]] = field(default_factory=set)
 
 
@@ -164,6 +168,9 @@ class Diagnosis:
         if found is None or not is_same(found, test.evidence):
             return False
         case = self._cases[lab]
+        if not self._is_telling(lab, test, until):
+            case.incomparable.add((mutant, test.name))
+            return False
         case.matches.setdefault(mutant, set()).add(test.name)
         case.seen.add((mutant, test.name))
         return True
@@ -183,15 +190,44 @@ class Diagnosis:
             except replay.NotComparable:
                 case.incomparable.add((mutant, test.name))
                 continue
-            if found is not None and test.evidence is not None and is_same(found, test.evidence):
+            if found is None:
+                pass
+            elif not self._is_telling(lab, test, until):
+                case.incomparable.add((mutant, test.name))
+            elif test.evidence is not None and is_same(found, test.evidence):
                 case.matches.setdefault(mutant, set()).add(test.name)
-            elif found is not None:
+            else:
                 case.refuted.add(mutant)
             case.seen.add((mutant, test.name))
 
+    def _is_telling(self, lab: Lab, test: _Test, until: float) -> bool:
+        """Say whether a test is about this lab, and not about an earlier one that it is built on.
+
+        The reference in the learner's place passes it, unless the learner's earlier lab is wrong;
+        then it gets the learner's own result where that result is not this lab's fault.
+        """
+        telling = self._cases[lab].telling
+        if test.name not in telling:
+            try:
+                found = self._replay(lab, replay.right_solution(lab), test, until)
+            except OutOfTime:
+                return False
+            except replay.NotComparable:
+                telling[test.name] = False
+            else:
+                is_alike = test.evidence is None or (found and is_same(found, test.evidence))
+                telling[test.name] = found is None or not is_alike
+        return telling[test.name]
+
     def _outcome(self, lab: Lab, mutant: str, test: _Test, until: float) -> Evidence | None:
+        return self._replay(lab, replay.wrong_solutions(lab)[mutant], test, until)
+
+    def _replay(
+        self, lab: Lab, module: ModuleType | None, test: _Test, until: float
+    ) -> Evidence | None:
+        if module is None:
+            raise replay.NotComparable
         start = time.process_time()
-        module = replay.wrong_solutions(lab)[mutant]
         try:
             return replay.outcome(test.run, lab, module, self._limit(max(0.01, until - start)))
         finally:

@@ -492,10 +492,6 @@ def _write_results(lab: Lab, results: dict) -> None:
 def _run_all(lab: Lab, mutants: list[Mutant], diagnosed: bool = False) -> dict[Mutant, Verdict]:
     """Run each mutant in a fork of this process, which has the libraries loaded already."""
     _import_what_the_suite_imports(lab)
-    if diagnosed:
-        from course import replay  # which brings torch, for which `_prepare` sets the threads
-
-        replay.wrong_solutions(lab)  # once, and not in every fork
     gc.freeze()
     waiting, running = list(reversed(mutants)), {}
     verdicts: dict[Mutant, Verdict] = {}

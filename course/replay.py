@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import linecache
 import os
 import sys
@@ -10,11 +9,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
-from course import grading, layers, mutants
+from course import grading, mutants
 from course.grading import Evidence, OutOfTime
 from course.labs import Lab
-
-_references: dict[str, ModuleType] = {}
 
 
 class NotComparable(Exception):
@@ -23,9 +20,16 @@ class NotComparable(Exception):
 
 @functools.cache
 def wrong_solutions(lab: Lab) -> dict[str, ModuleType]:
-    """Load the lab's misconceptions as modules; what they import is the reference."""
-    loaded = {mutant.id: _load(mutant) for mutant in mutants.listed_mutants(lab)}
+    """Load the lab's misconceptions as modules; what they import is what the learner's lab does."""
+    sources = {mutant.id: mutant.source for mutant in mutants.listed_mutants(lab)}
+    loaded = {name: _load(lab, name, source) for name, source in sources.items()}
     return {name: module for name, module in loaded.items() if module is not None}
+
+
+@functools.cache
+def right_solution(lab: Lab) -> ModuleType | None:
+    """Load the lab's reference in the same way; None when its imports fail."""
+    return _load(lab, "reference", lab.solution.read_text(encoding="utf-8"))
 
 
 def outcome(
@@ -66,37 +70,21 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _load(mutant: mutants.Mutant) -> ModuleType | None:
-    module = ModuleType(mutant.lab.module)
-    module.__file__ = str(mutant.lab.solution)
-    name = f"<{mutant.lab.name} {mutant.id}>"
+def _load(lab: Lab, name: str, source: str) -> ModuleType | None:
+    module = ModuleType(lab.module)
+    module.__file__ = str(lab.solution)
+    name = f"<{lab.name} {name}>"
     # Triton reads a kernel's source again, and asks for it by the name of its file.
-    lines = mutant.source.splitlines(keepends=True)
-    linecache.cache[name] = len(mutant.source), None, lines, name
-    with _reference_layer():
-        sys.modules[mutant.lab.module] = module
-        try:
-            exec(compile(mutant.source, name, "exec"), vars(module))
-        except Exception:
-            return None  # one that cannot be imported explains no result
-        finally:
-            del sys.modules[mutant.lab.module]
-    return module
-
-
-@contextlib.contextmanager
-def _reference_layer() -> Iterator[None]:
-    """Let imports of labs find the reference, and leave the graded layer as it was."""
-    path = sys.path[:]
-    graded = {name: module for name, module in sys.modules.items() if layers.is_of_a_lab(name)}
-    layers.forget_labs()
-    sys.modules.update(_references)
-    sys.path[:] = [str(layers.SOLUTIONS), *path]
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+    graded = sys.modules.get(lab.module)
+    sys.modules[lab.module] = module
     try:
-        yield
-        _references.update({n: m for n, m in sys.modules.items() if layers.is_of_a_lab(n)})
+        exec(compile(source, name, "exec"), vars(module))
+    except Exception:
+        return None  # one that cannot be imported explains no result
     finally:
-        layers.forget_labs()
-        sys.modules.update(graded)
-        sys.path[:] = path
-        importlib.invalidate_caches()
+        if graded is None:
+            del sys.modules[lab.module]
+        else:
+            sys.modules[lab.module] = graded
+    return module

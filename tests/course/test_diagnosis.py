@@ -184,6 +184,70 @@ def test_what_a_wrong_solution_prints_is_not_shown(tree, graded):
     assert grade["beliefs"] == ["speeds-grow"] and "my answer" not in output
 
 
+SUITE_OF_TWO_LABS = """
+import sys
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from course.grading import check_close, check_equal, lab
+
+gqa = lab("week1/gqa")
+
+
+def test_both_labs_are_of_one_layer():
+    rotary = gqa.Rotary(8, 4, 10.0)
+    check_equal(type(rotary) is sys.modules["week1.rope"].Rotary, True, "the same class")
+
+
+def test_heads_in_groups():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(4, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    expected = scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    check_close(gqa.grouped_attention(q, k, v), expected)
+
+
+def test_past_only():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 5, 8).unbind(0)
+    expected = scaled_dot_product_attention(q, k, v, is_causal=True)
+    check_close(gqa.causal_attend(0, q, k, v), expected)
+"""
+
+
+@pytest.fixture
+def graded_pair(tree):
+    """Grade gqa against a small suite; files: (lab, text, what it becomes). Returns the beliefs."""
+
+    def grade(*changes: tuple[str, str, str]):
+        tree.write("tests/week1/test_gqa.py", SUITE_OF_TWO_LABS)
+        for name in ("week1/attention", "week1/rope", "week1/gqa"):
+            source = tree.read(f"solutions/{name}.py")
+            for replace, by in [change[1:] for change in changes if change[0] == name]:
+                assert source.count(replace) == 1
+                source = source.replace(replace, by)
+            tree.write(f"code/{name}.py", source)
+        tree.pytest("code/week1/gqa.py", "--grade-json", "grades.json")
+        grade = json.loads(tree.read("grades.json"))["week1/gqa"]
+        return grade["failed"], grade["beliefs"]
+
+    return grade
+
+
+IN_TURN = ("week1/gqa", "k.repeat_interleave(group, -3)", "torch.cat([k] * group, dim=-3)")
+VALUES_IN_TURN = ("week1/gqa", "v.repeat_interleave(group, -3)", "torch.cat([v] * group, dim=-3)")
+FUTURE = ("week1/attention", "allowed.tril(num_keys - num_queries)", "allowed.tril(num_keys)")
+
+
+def test_a_belief_is_named_where_its_lab_is_built_on_another(graded_pair):
+    num_failed, beliefs = graded_pair(IN_TURN, VALUES_IN_TURN)
+    assert num_failed == 1 and "repeat-instead-of-interleave" in beliefs
+
+
+def test_no_belief_is_named_for_what_an_earlier_lab_does(graded_pair):
+    assert graded_pair(FUTURE) == (1, [])
+
+
 def test_workers_of_xdist_ask_once_too(graded):
     output, grade = graded(
         "(angles.cos(), angles.sin())", "(angles.sin(), angles.cos())", "-n", "2"
