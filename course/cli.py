@@ -6,7 +6,7 @@ import os
 import sys
 
 from course import bootstrap
-from course.labs import Lab, find_labs
+from course.labs import WEEKS, Lab, find_labs
 
 ENGINES = ("hybrid", "solutions", "code")
 FIRST_PROMPT = "What is the capital of France? Answer in one sentence."
@@ -179,6 +179,9 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
+    parser.add_argument(
+        "--until", choices=tuple(WEEKS)[:-1], help="leave the labs of later weeks off"
+    )
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
@@ -259,6 +262,7 @@ def _request(options: argparse.Namespace):
         dtype=options.dtype,
         quantization=options.quantization,
         device=options.device,
+        until=options.until,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         top_p=options.top_p,

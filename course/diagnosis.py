@@ -10,8 +10,8 @@ result as the learner's code. It is named only when nothing speaks against it:
 - where all that it explains is a flag, a token or a sentence, it explains every failure.
 
 A test says nothing of a lab when the reference in its place gets the same result: then the mistake
-is in an earlier lab, which the lab is built on. The verdicts of the tests are settled before and stay. Time is the processor's, so that what is
-named does not depend on what else the machine does.
+is in an earlier lab, which the lab is built on. The verdicts of the tests are settled before and
+stay. Time is the processor's, so that what is named does not depend on what else the machine does.
 """
 
 import contextlib

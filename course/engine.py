@@ -2,6 +2,8 @@
 
 Week 1 is the engine. A lab of a later week makes it faster and is off until it is switched on: by
 passing in code/, by a line in progress/reference.txt, or by asking for the reference altogether.
+Week 3 is another engine around the same model: one of its labs switches it on, with the reference
+for its others, since none of them runs without the rest.
 """
 
 import functools
@@ -11,16 +13,32 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from course import grading, layers
+from course import grading, layers, paged
 from course.labs import WEEKS, Lab, week_labs
+from course.paged import PagedParams
 
-YOURS, REFERENCE, OFF, NO_GPU = "yours", "reference", "off", "no GPU"
+YOURS, REFERENCE, OFF, NO_GPU, REPLACED = "yours", "reference", "off", "no GPU", "replaced"
 ALWAYS_ON = "week1"
 QUANTIZATION = "week2/quantization"
 # On a CPU nothing but Triton's interpreter could run them.
 GPU_PARTS = ("week2/fused_kernels", "week2/flash_attention", "week2/flash_decoding")
+PAGED_PARTS = (
+    "week3/block_manager",
+    "week3/prefix_caching",
+    "week3/scheduler",
+    "week3/paged_attention",
+    "week3/model_runner",
+    "week3/engine",
+)
+# What week 2 has in the places of week 3's parts.
+ROW_PARTS = (
+    "week2/kv_cache",
+    "week2/flash_attention",
+    "week2/flash_decoding",
+    "week2/continuous_batching",
+)
 # Labs of later weeks that the engine can run; the others are used beside it.
-LATER_PARTS = ("week2/kv_cache", QUANTIZATION, *GPU_PARTS, "week2/continuous_batching")
+LATER_PARTS = (*ROW_PARTS, QUANTIZATION, "week2/fused_kernels", *PAGED_PARTS)
 # Of prompts that run together: how many at once, and how many tokens they compute in one step.
 NUM_ROWS = 32
 TOKEN_BUDGET = 256
@@ -42,9 +60,10 @@ class LabCrashed(Exception):
 class Engine:
     """A loaded model, and the labs that run it.
 
-    sources: every lab that takes part, "yours", "reference", "off" or "no GPU". next_logits: maps
-    all ids so far to the scores of the next one. make_attend: what passes over a cache attend by,
-    None without one. batching: the lab that runs prompts together; None when off.
+    sources: every lab that takes part, "yours", "reference", "off", "no GPU" or "replaced".
+    next_logits: maps all ids so far to the scores of the next one. make_attend: what passes over a
+    cache attend by, None without one. batching: the lab that runs prompts together; None when off.
+    paged: week 3's Engine, which takes the place of these three; None when off.
     """
 
     sources: dict[Lab, str]
@@ -56,6 +75,7 @@ class Engine:
     generating: ModuleType
     sampling: ModuleType
     batching: ModuleType | None
+    paged: Any | None
     blame: "_Blame"
 
     def complete(
@@ -71,6 +91,9 @@ class Engine:
         file, ValueError for a request that cannot be met.
         """
         self._check_ids(prompt_ids)
+        if self.paged is not None:
+            (answer,) = self._complete_paged([prompt_ids], sampling_params, max_tokens, on_text)
+            return answer
         params = self.sampling.SamplingParams(**sampling_params)
         with self.blame:
             return self.generating.generate(
@@ -94,10 +117,12 @@ class Engine:
 
         Returns their completions in the order of the prompts.
         """
-        if self.batching is None or self.make_attend is None:
-            return [self.complete(ids, sampling_params, max_tokens) for ids in prompts]
         for ids in prompts:
             self._check_ids(ids)
+        if self.paged is not None:
+            return self._complete_paged(prompts, sampling_params, max_tokens)
+        if self.batching is None or self.make_attend is None:
+            return [self.complete(ids, sampling_params, max_tokens) for ids in prompts]
         params = self.sampling.SamplingParams(**sampling_params)
         with self.blame:
             num_rows = min(NUM_ROWS, len(prompts))
@@ -117,6 +142,10 @@ class Engine:
                 for token_ids, finish_reason in completions
             ]
 
+    def _complete_paged(self, prompts: Sequence[Sequence[int]], *wanted: Any) -> list[Any]:
+        with self.blame:
+            return paged.answer_all(self.paged, self.generating, prompts, *wanted)
+
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
@@ -130,6 +159,11 @@ class Engine:
 def takes_part(lab: Lab) -> bool:
     """Say whether the engine can run a lab."""
     return lab.week == ALWAYS_ON or lab.name in LATER_PARTS
+
+
+def is_paged(switched_on: Iterable[Lab]) -> bool:
+    """Say whether these labs switch week 3's engine on."""
+    return any(lab.name in PAGED_PARTS for lab in switched_on)
 
 
 def is_on(source: str) -> bool:
@@ -146,19 +180,21 @@ def assemble(
     switched_on: Iterable[Lab] = (),
     quantization: str | None = None,
     device: str = "cpu",
+    paged_params: PagedParams | None = None,
 ) -> Engine:
     """Put an engine together and load the checkpoint folder into it.
 
     yours: the labs to take from code/. dtype: "float32" or "bfloat16". switched_on: the labs of
     later weeks that run as the reference. Every other lab is the reference in week 1, and off in
     later weeks. quantization: "int8" or "int4"; with None, the lab of that name is off. device:
-    "cpu", on which kernels do not run, or "cuda". Raises LabCrashed for an error in a learner's
-    file, ValueError for a bad checkpoint, and when the lab that quantizes is not switched on.
+    "cpu", on which kernels do not run, or "cuda". paged_params: of week 3's engine; None leaves its
+    labs off. Raises LabCrashed for an error in a learner's file, ValueError for a bad checkpoint,
+    and when the lab that quantizes is not switched on.
     """
     import torch
 
     chosen = set(yours)
-    sources = _sources(chosen, set(switched_on), quantization, device)
+    sources = _sources(chosen, set(switched_on), quantization, device, paged_params is not None)
     blame = _Blame(sources, _activate(chosen))
     with blame:
         labs = {
@@ -171,25 +207,33 @@ def assemble(
             labs[QUANTIZATION].quantize_model(model, quantization)
         make_attend = _make_attend(labs)
         next_logits = _next_logits(labs, model, make_attend)
+        engine = None
+        if "week3/engine" in labs:
+            engine = paged.paged_engine(model, tokenizer, eos_token_ids, device, paged_params)
     modules = (
         labs["week1/generate"],
         labs["week1/sampling"],
         labs.get("week2/continuous_batching"),
     )
     return Engine(
-        sources, model, tokenizer, eos_token_ids, next_logits, make_attend, *modules, blame
+        sources, model, tokenizer, eos_token_ids, next_logits, make_attend, *modules, engine, blame
     )
 
 
 def _sources(
-    yours: set[Lab], switched_on: set[Lab], quantization: str | None, device: str
+    yours: set[Lab], switched_on: set[Lab], quantization: str | None, device: str, may_page: bool
 ) -> dict[Lab, str]:
     parts = {lab.name: lab for lab in week_labs() if takes_part(lab)}
+    paging = {parts[name] for name in PAGED_PARTS}
+    pages = may_page and is_paged(yours | switched_on)
     referenced = {lab for lab in parts.values() if lab.week == ALWAYS_ON} | switched_on
+    referenced |= paging
     sources = {
         lab: YOURS if lab in yours else REFERENCE if lab in referenced else OFF
         for lab in parts.values()
     }
+    unused = [parts[name] for name in ROW_PARTS] if pages else paging
+    sources |= {lab: REPLACED if pages else OFF for lab in unused if is_on(sources[lab])}
     if device == "cpu":
         sources |= dict.fromkeys((parts[name] for name in GPU_PARTS), NO_GPU)
     quantizing = parts[QUANTIZATION]

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from course import models, progress, status, stubs, tracker
-from course.engine import ALWAYS_ON, Engine, LabCrashed, assemble, is_on, takes_part
+from course.engine import (
+    ALWAYS_ON,
+    PAGED_PARTS,
+    Engine,
+    LabCrashed,
+    assemble,
+    is_on,
+    is_paged,
+    takes_part,
+)
 from course.grading import LabUnusable
-from course.labs import Lab, week_labs
+from course.labs import WEEKS, Lab, week_labs
+from course.paged import PagedParams
 from course.speed import Stopwatch
 
 TABLE_WIDTH = 84
@@ -25,8 +35,9 @@ class Request:
 
     model: a folder, a hub name, or None for the default. engine: "hybrid", "solutions" or "code".
     dtype: "float32" or "bfloat16". quantization: "int8", "int4" or None. device: "cpu" or "cuda";
-    None means a GPU where there is one. show_speed: say how fast each answer was, and how fast it
-    is without the labs of later weeks. Raises ValueError for max_tokens below 1.
+    None means a GPU where there is one. until: the last week whose labs take part; None means all.
+    show_speed: say how fast each answer was, and how fast it is without the labs of later weeks.
+    Raises ValueError for max_tokens below 1.
     """
 
     model: str | None = None
@@ -34,6 +45,7 @@ class Request:
     dtype: str = "float32"
     quantization: str | None = None
     device: str | None = None
+    until: str | None = None
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
@@ -55,7 +67,9 @@ class Conversation:
         tokenizer = models.load_tokenizer(folder)
         self._parts = (folder, request.dtype, tokenizer, models.eos_token_ids(folder, tokenizer))
         self.tokenizer = tokenizer
-        self._yours, self._switched_on, self.remarks = chosen_labs(request.engine)
+        self._yours, self._switched_on, self.remarks = chosen_labs(request.engine, request.until)
+        # What each step of week 3's engine was; only kept to say how fast it is.
+        self._records: list[dict[str, Any]] = []
         self.engine: Engine = self._surviving_crashes(self._assemble)
 
     def complete(self, prompt_ids: list[int], on_text: Callable[[str], None] | None) -> Any:
@@ -103,13 +117,21 @@ class Conversation:
         }
 
     def _complete(self, prompt_ids: list[int], on_text: Callable[[str], None] | None) -> Any:
-        self._stopwatch = Stopwatch(self.engine)
+        self._records.clear()
+        self._stopwatch = Stopwatch(self.engine, self._records)
         timed = self._stopwatch.engine
         return timed.complete(prompt_ids, self._params(), self.request.max_tokens, on_text)
 
     def _assemble(self) -> Engine:
-        quantization = self.request.quantization
-        return assemble(self._yours, *self._parts, self._switched_on, quantization, self._device)
+        request = self.request
+        return assemble(
+            self._yours,
+            *self._parts,
+            self._switched_on,
+            request.quantization,
+            self._device,
+            PagedParams(on_step=self._records.append if request.show_speed else None),
+        )
 
     def _surviving_crashes(self, action: Callable[[], Any]) -> Any:
         while True:
@@ -265,29 +287,39 @@ def choose_device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def chosen_labs(engine: str, serving: bool = False) -> tuple[set[Lab], set[Lab], list[str]]:
-    """Choose whose labs the engine runs. serving: it is the server's, which needs every lab.
+def chosen_labs(
+    engine: str, until: str | None = None, serving: bool = False
+) -> tuple[set[Lab], set[Lab], list[str]]:
+    """Choose whose labs the engine runs.
 
+    until: the last week whose labs take part; None means all. serving: it is the server's, which
+    needs every lab.
     Returns the learner's labs, the labs of later weeks that run as the reference, and a remark on
     each lab that the learner began and the engine does not run.
     """
+    weeks = list(WEEKS)
+    last = len(weeks) if until is None else weeks.index(until) + 1
+    labs = [lab for lab in week_labs() if lab.week in weeks[:last]]
     if engine == "solutions":
-        return set(), set(week_labs()), []
+        return set(), set(labs), []
     if engine == "code":
-        begun = {lab for lab in week_labs() if not stubs.is_untouched(lab)}
-        return begun | {lab for lab in week_labs() if lab.week == ALWAYS_ON}, set(), []
-    grades = {lab: grade for lab, grade in status.grade_all().items() if not lab.is_drill}
+        begun = {lab for lab in labs if not stubs.is_untouched(lab)}
+        return begun | {lab for lab in labs if lab.week == ALWAYS_ON}, set(), []
+    every = status.grade_all()
+    grades = {lab: every[lab] for lab in labs}
+    green = {lab for lab, grade in grades.items() if grade.state == "green"}
+    referenced = {lab for lab, grade in grades.items() if grade.state == "reference"}
+    needs_all = serving or is_paged(green | referenced)
     remarks = [
-        f"{lab.name}: {grade.passed} of {grade.total} tests pass, so {_instead(lab, serving)}"
+        f"{lab.name}: {grade.passed} of {grade.total} tests pass, so {_instead(lab, needs_all)}"
         for lab, grade in grades.items()
         if grade.state == "started" and (serving or takes_part(lab))
     ]
-    green = {lab for lab, grade in grades.items() if grade.state == "green"}
-    return green, {lab for lab, grade in grades.items() if grade.state == "reference"}, remarks
+    return green, referenced, remarks
 
 
-def _instead(lab: Lab, serving: bool) -> str:
-    if serving or lab.week == ALWAYS_ON:
+def _instead(lab: Lab, needs_all: bool) -> str:
+    if lab.week == ALWAYS_ON or (needs_all and lab.name in PAGED_PARTS):
         return "the reference runs, not yours"
     return "the engine runs without it"
 

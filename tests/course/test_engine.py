@@ -9,6 +9,7 @@ from course import status
 from course.labs import week_labs
 
 ATTENTION, KV_CACHE = "code/week1/attention.py", "code/week2/kv_cache.py"
+BLOCKS, RUNNER = "code/week3/block_manager.py", "code/week3/model_runner.py"
 BATCHING = "code/week2/continuous_batching.py"
 
 
@@ -116,7 +117,7 @@ def test_a_lab_of_a_later_week_is_switched_on_by_asking(tree, model, way):
         tree.write("progress/reference.txt", "week2/kv_cache\n")
         _, after = generate(tree, model)
     else:
-        _, after = generate(tree, model, *way.split())
+        _, after = generate(tree, model, *way.split(), "--until", "week2")
     assert after["labs"]["week2/kv_cache"] == "reference"
     assert after["token_ids"] == before["token_ids"]
 
@@ -188,10 +189,15 @@ MORE_PROMPTS = ("--prompt", "Bye, and thanks", "--prompt", "x")
 def test_several_prompts_run_together_and_say_the_same(tree, model, sampled):
     _, apart = generate(tree, model, *MORE_PROMPTS, *sampled)
     assert apart["labs"]["week2/continuous_batching"] == "off"
-    _, together = generate(tree, model, *MORE_PROMPTS, *sampled, "--engine", "solutions")
+    words = (*MORE_PROMPTS, *sampled, "--engine", "solutions")
+    _, together = generate(tree, model, *words, "--until", "week2")
     assert together["labs"]["week2/continuous_batching"] == "reference"
     assert len(together["completions"]) == 3 and together["seconds"] >= 0
     assert together["completions"] == apart["completions"]
+    _, paged = generate(tree, model, *words)
+    assert paged["labs"]["week2/continuous_batching"] == "replaced"
+    assert paged["labs"]["week3/engine"] == "reference"
+    assert paged["completions"] == apart["completions"]
     _, alone = generate(tree, model, *sampled)
     first = together["completions"][0]
     assert {key: alone[key] for key in first} == first
@@ -221,6 +227,39 @@ def test_a_crash_in_a_batch_is_survived(tree, model):
     assert "so many" in result.stdout
     assert after["labs"]["week2/continuous_batching"] == "reference"
     assert after["completions"] == before["completions"]
+
+
+def test_one_green_lab_of_the_third_week_switches_its_engine_on(tree, model):
+    tree.write("progress/reference.txt", "week1\nweek2/kv_cache\n")
+    _, before = generate(tree, model)
+    assert before["labs"]["week3/engine"] == "off"
+    tree.solve("week3/block_manager")
+    tree.write(BLOCKS, tree.read(BLOCKS) + "\n# mine\n")
+    _, after = generate(tree, model)
+    assert after["labs"]["week3/block_manager"] == "yours"
+    assert after["labs"]["week3/engine"] == "reference"
+    assert after["labs"]["week2/kv_cache"] == "replaced"
+    assert after["token_ids"] == before["token_ids"]
+    _, earlier = generate(tree, model, "--until", "week2")
+    assert earlier["labs"]["week3/block_manager"] == "off"
+    assert earlier["labs"]["week2/kv_cache"] == "reference"
+
+
+def test_a_crash_in_a_step_is_survived_and_blamed_on_whose_it_is(tree, model):
+    tree.write("progress/reference.txt", "week1\nweek3\n")
+    _, before = generate(tree, model)
+    others = [lab.name for lab in week_labs() if lab.week == "week3" and lab.stem != "model_runner"]
+    tree.write("progress/reference.txt", "\n".join(["week1", *others]))
+    tree.solve("week3/model_runner")
+    # Only with this model, so that the suite passes.
+    is_here = "self._model.embed_tokens.weight.shape[0] == 258 and len(step.parts[0].token_ids) < 5"
+    crash = f"        if {is_here}:\n            raise RuntimeError('so soon')\n"
+    here = "        input_ids, positions, batch = self._buffers.fill"
+    tree.write(RUNNER, tree.read(RUNNER).replace(here, crash + here))
+    result, after = generate(tree, model)
+    assert "code/week3/model_runner.py, line" in result.stdout and "so soon" in result.stdout
+    assert after["labs"]["week3/model_runner"] == "reference"
+    assert after["token_ids"] == before["token_ids"]
 
 
 def test_engine_code_stops_at_the_first_unwritten_lab(tree, model):

@@ -1,0 +1,140 @@
+"""Week 3's engine around a model that the earlier labs have loaded."""
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+# Of a CPU's memory that is free, and of a GPU's whole memory: what the pool may take.
+CPU_SHARE, GPU_SHARE = 0.25, 0.9
+UNKNOWN_CPU_BYTES = 1e9
+
+
+@dataclass(frozen=True)
+class PagedParams:
+    """How much week 3's engine takes on.
+
+    kv_gb: 10**9 bytes of the KV pool; None means a share of the memory that there is.
+    max_model_len: tokens of a request; None means the model's whole context. on_step: called with
+    the record of each step. The others as in week 3's EngineLimits.
+    Raises ValueError for a number below 1.
+    """
+
+    kv_gb: float | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    token_budget: int = 512
+    block_size: int = 16
+    prefix_caching: bool = True
+    on_step: Callable[[dict[str, Any]], None] | None = None
+
+    def __post_init__(self):
+        for name in ("max_model_len", "max_num_seqs", "token_budget", "block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.kv_gb is not None and not self.kv_gb > 0:
+            raise ValueError(f"kv_gb must be above 0, got {self.kv_gb}")
+
+
+def paged_engine(
+    model: Any, tokenizer: Any, eos_token_ids: frozenset[int], device: str, params: PagedParams
+) -> Any:
+    """Make week 3's engine from the labs that are on the path.
+
+    device: where the model lies. Raises ValueError where the KV pool has no room.
+    """
+    lab = importlib.import_module("week3.engine")
+    itemsize = model.embed_tokens.weight.itemsize
+    num_bytes = _pool_bytes(device) if params.kv_gb is None else int(params.kv_gb * 1e9)
+    num_blocks, max_model_len = lab.plan_pool(
+        model.config, num_bytes, itemsize, params.block_size, params.max_model_len
+    )
+    # More than all requests together can fill would lie there for nothing.
+    blocks = importlib.import_module("week3.block_manager")
+    per_request = blocks.num_blocks_for(max_model_len, params.block_size)
+    limits = lab.EngineLimits(
+        num_blocks=min(num_blocks, per_request * params.max_num_seqs + 1),
+        max_model_len=max_model_len,
+        max_num_seqs=params.max_num_seqs,
+        token_budget=max(params.token_budget, params.max_num_seqs),
+        block_size=params.block_size,
+        prefix_caching=params.prefix_caching,
+    )
+    asked = params.max_model_len or model.config.max_position_embeddings
+    if max_model_len < asked:
+        text = f"The KV pool holds {max_model_len} tokens, so no request may have {asked}."
+        print(text, file=sys.stderr, flush=True)
+    attend = _make_attend(device)
+    return lab.Engine(model, tokenizer, eos_token_ids, limits, attend, params.on_step)
+
+
+def answer_all(
+    engine: Any,
+    generating: ModuleType,
+    prompts: Sequence[Sequence[int]],
+    sampling_params: dict[str, Any],
+    max_tokens: int,
+    on_text: Callable[[str], None] | None = None,
+) -> list[Any]:
+    """Continue prompts together; returns week1/generate.py's Completions, in their order.
+
+    engine: as `paged_engine` makes it. generating: week 1's lab of that name. on_text: gets the
+    text of all of them as it comes. Raises ValueError for a request that is refused, and what the
+    model raised. Nothing of it is left in the engine, whatever ends it.
+    """
+    lab = importlib.import_module("week3.engine")
+    params = lab.GenerationParams(**sampling_params, max_tokens=max_tokens)
+    names = [str(number) for number in range(len(prompts))]
+    deltas: dict[str, list[Any]] = {name: [] for name in names}
+    try:
+        for name, prompt_ids in zip(names, prompts, strict=True):
+            engine.add(name, prompt_ids, params)
+        while engine.num_unfinished:
+            for delta in engine.step():
+                deltas[delta.request_id].append(delta)
+                if on_text is not None and delta.text:
+                    on_text(delta.text)
+    except lab.StepFailed as failure:
+        raise failure.__cause__ from None
+    finally:
+        for name in names:
+            engine.abort(name)
+    return [_completion(generating, deltas[name]) for name in names]
+
+
+def _completion(generating: ModuleType, deltas: Sequence[Any]) -> Any:
+    token_ids = [choice.token_id for delta in deltas for choice in delta.choices]
+    text = "".join(delta.text for delta in deltas)
+    return generating.Completion(token_ids, text, deltas[-1].finish_reason)
+
+
+def _make_attend(device: str) -> Callable:
+    attention = importlib.import_module("week3.paged_attention")
+    if device == "cpu":
+        return attention.paged_attend
+    kernels = importlib.import_module("week3.paged_kernels")
+    return functools.partial(
+        attention.paged_attend,
+        store=kernels.store_kv,
+        prefill=kernels.paged_prefill,
+        decode=kernels.paged_decode,
+    )
+
+
+def _pool_bytes(device: str) -> int:
+    """Say how many bytes a KV pool may take beside what this process holds already."""
+    if device == "cpu":
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError):  # macOS and Windows do not tell it this way
+            return int(UNKNOWN_CPU_BYTES)
+        return int(CPU_SHARE * free)
+    import torch
+
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(0, int(GPU_SHARE * total) - torch.cuda.memory_reserved(device))
