@@ -175,13 +175,13 @@ def _report(
             "gflops": round(machine.flops / 1e9, 1),
             "gigabytes_per_second": round(machine.bytes_per_second / 1e9, 1),
             "torch": torch.__version__,
-            "commit": _commit(),
+            "commit": commit(),
         },
         "seconds": {name: [round(t, 4) for t in times] for name, times in seconds.items()},
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -12,7 +12,6 @@ request, and 70 passes: what more rows add, which is not the scheduler's merit a
 """
 
 import importlib
-import random
 from collections.abc import Callable
 from types import ModuleType
 
@@ -21,13 +20,11 @@ from course.bench import YOURS, Workload
 from course.engine import Engine, assemble, takes_part
 from course.labs import Lab
 from course.speed import kv_bytes_per_token
+from course.workloads import nano_cpu
 
 NUM_ROWS = 8
 TOKEN_BUDGET = 128
 TEMPERATURE = 0.6
-NUM_REQUESTS = 32
-# Prompt and output length.
-Request = tuple[list[int], int]
 
 
 def workload(yours: set[Lab]) -> Workload:
@@ -39,7 +36,7 @@ def workload(yours: set[Lab]) -> Workload:
     sides = {
         YOURS: lambda: continuous(engine, NUM_ROWS),
         "static batches": lambda: static(engine, kv_cache),
-        f"yours, {NUM_REQUESTS} rows": lambda: continuous(engine, NUM_REQUESTS),
+        f"yours, {len(nano_cpu())} rows": lambda: continuous(engine, len(nano_cpu())),
     }
     num_parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     num_computed = sum(len(ids) + max_tokens - 1 for ids, max_tokens in nano_cpu())
@@ -58,16 +55,6 @@ def workload(yours: set[Lab]) -> Workload:
     )
 
 
-def nano_cpu() -> list[Request]:
-    """Draw the workload: all prompts, then all output lengths."""
-    draw = random.Random(0)
-    prompts = []
-    for _ in range(NUM_REQUESTS):
-        length = draw.randint(16, 128)
-        prompts.append([draw.randint(0, 10_000) for _ in range(length)])
-    return [(ids, draw.randint(16, 64)) for ids in prompts]
-
-
 def continuous(engine: Engine, num_rows: int) -> dict[int, list[int]]:
     """Run the workload through the lab; returns number of the request → its token ids."""
     batching = engine.batching
@@ -82,7 +69,7 @@ def static(engine: Engine, kv_cache: ModuleType) -> dict[int, list[int]]:
     """Run it batch by batch through the same model and cache; returns the same."""
     ended = {}
     requests = nano_cpu()
-    for start in range(0, NUM_REQUESTS, NUM_ROWS):
+    for start in range(0, len(nano_cpu()), NUM_ROWS):
         batch = dict(enumerate(requests[start : start + NUM_ROWS]))
         known = {row: list(ids) for row, (ids, _) in batch.items()}
         choosers = {row: sampler(engine, ids, start + row) for row, ids in known.items()}

@@ -9,28 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from course import stubs
+from course import stubs, tiny
 from course.labs import ROOT, all_labs, find_labs
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-    "eos_token_id": 257,
-}
-TEMPLATE = "{% for m in messages %}<|start|>{{ m.content }}{% endfor %}"
 COPIED = ("conftest.py", "pyproject.toml", "requirements.txt", "course", "solutions", "tests")
 
 
@@ -103,59 +85,10 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path / "tree")
 
 
-def random_weights() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    hidden, inner, kv = 32, 48, 16
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator) * 0.3
-
-    weights = {
-        "model.embed_tokens.weight": random(258, hidden),
-        "model.norm.weight": random(hidden),
-    }
-    for i in range(CONFIG["num_hidden_layers"]):
-        layer = {
-            "input_layernorm.weight": random(hidden) + 1,
-            "post_attention_layernorm.weight": random(hidden) + 1,
-            "self_attn.q_proj.weight": random(hidden, hidden),
-            "self_attn.q_proj.bias": random(hidden),
-            "self_attn.k_proj.weight": random(kv, hidden),
-            "self_attn.k_proj.bias": random(kv),
-            "self_attn.v_proj.weight": random(kv, hidden),
-            "self_attn.v_proj.bias": random(kv),
-            "self_attn.o_proj.weight": random(hidden, hidden),
-            "mlp.gate_proj.weight": random(inner, hidden),
-            "mlp.up_proj.weight": random(inner, hidden),
-            "mlp.down_proj.weight": random(hidden, inner),
-        }
-        weights |= {f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()}
-    return weights
-
-
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory) -> Callable[..., str]:
     """A function that makes a tiny random Qwen2 checkpoint with a byte-level tokenizer.
 
     It takes what differs from CONFIG, and returns the folder.
     """
-    return lambda **changes: checkpoint(tmp_path_factory.mktemp("model"), CONFIG | changes)
-
-
-def checkpoint(folder: Path, config: dict) -> str:
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(random_weights(), folder / "model.safetensors")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: i for i, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|start|>", "<|end|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "eos_token": "<|end|>",
-        "chat_template": TEMPLATE,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return str(folder)
+    return lambda **changes: tiny.make_checkpoint(tmp_path_factory.mktemp("model"), **changes)

@@ -4,7 +4,6 @@ Cases are those of the engine's list: each is a bug that a real engine had.
 """
 
 import concurrent.futures
-import contextlib
 import json
 import os
 import random
@@ -12,80 +11,20 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
-import httpx
 import openai
 import pytest
 
 from course.labs import ROOT
+from course.running import ServerProcess
 
 CONTEXT, NAME = 256, "tiny"
 KEY = "a key of this test"
 
 
-class Server:
-    """A server process. words: more options of `course serve`."""
-
-    def __init__(self, model: str, *words: str):
-        command = [sys.executable, "-m", "course", "serve", "--engine", "solutions", "--port", "0"]
-        command += ["--model", model, "--name", NAME, "--kv-gb", "0.002", *words]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("COURSE_")}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-        )
-        self.said = ""
-        for line in self.process.stdout:
-            self.said += line
-            if line.startswith("Try: curl"):
-                break
-        found = re.search(r"http://127\.0\.0\.1:\d+", self.said)
-        assert found, self.said
-        self.url = found[0]
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-        self.client = self.openai("no key")
-
-    def openai(self, key: str, **options) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
-
-    def complete(self, prompt, **params):
-        return self.client.completions.create(model=NAME, prompt=prompt, **params)
-
-    def metric(self, name: str) -> float:
-        lines = self.http.get("/metrics").text.splitlines()
-        (value,) = (line.split()[-1] for line in lines if line.startswith(f"{name}{{"))
-        return float(value)
-
-    def wait_until_idle(self, seconds: float = 20.0) -> None:
-        """Wait until nobody runs or waits, and hold the pool to being whole."""
-        end = time.monotonic() + seconds
-        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        while any(self.metric(f"vllm:{name}") for name in names):
-            assert time.monotonic() < end, self.http.get("/metrics").text
-            time.sleep(0.05)
-
-    def stop(self, how: signal.Signals = signal.SIGINT) -> int:
-        self.process.send_signal(how)
-        self.process.stdout.read()
-        return self.process.wait(timeout=60)
-
-
-@contextlib.contextmanager
-def serving(model: str, *words: str) -> Iterator[Server]:
-    server = Server(model, *words)
-    try:
-        yield server
-    finally:
-        server.process.kill()
-        server.process.wait()
+def serving(model: str, *words: str) -> ServerProcess:
+    return ServerProcess(model, NAME, "--kv-gb", "0.002", *words)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +33,12 @@ def model(make_checkpoint) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(model) -> Iterator[Server]:
+def server(model) -> Iterator[ServerProcess]:
     with serving(model) as running:
         yield running
 
 
-def events_of(server: Server, path: str, body: dict) -> list[str]:
+def events_of(server: ServerProcess, path: str, body: dict) -> list[str]:
     """Post, and return the server-sent events, as they were written."""
     response = server.http.post(path, json={"model": NAME, "stream": True, **body})
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -375,7 +314,7 @@ def test_metrics_have_the_names_that_dashboards_know(server):
 def test_hundreds_of_streams_with_random_cancels_leave_nothing(server):
     """Case 25, in short; the pool is small, so that requests lose their blocks as well."""
     draw = random.Random(0)
-    rss = memory_of(server)
+    rss = server.num_resident_bytes()
 
     def one(seed: int) -> str | None:
         stream = server.complete(
@@ -398,17 +337,8 @@ def test_hundreds_of_streams_with_random_cancels_leave_nothing(server):
         list(pool.map(one, seeds))
     server.wait_until_idle()
     # The event loop keeps up to 40 threads for what must not block it.
-    assert num_threads_of(server) < 64
-    assert memory_of(server) < rss + 200e6
-
-
-def memory_of(server: Server) -> float:
-    with open(f"/proc/{server.process.pid}/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def num_threads_of(server: Server) -> int:
-    return len(os.listdir(f"/proc/{server.process.pid}/task"))
+    assert server.num_threads() < 64
+    assert server.num_resident_bytes() < rss + 200e6
 
 
 def test_keys_lengths_and_queues_are_limited(model):
