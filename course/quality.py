@@ -1,11 +1,13 @@
 """`course mutants --report`: what the graders catch and say, from the committed measurements."""
 
+import tomllib
 from pathlib import Path
 
 from course import files, mutants, transcripts
 from course.labs import GROUPS, ROOT, WEEKS, Lab, all_labs
 
 PAGE = ROOT / "tests" / "QUALITY.md"
+CASES = ROOT / "tests" / "engine_cases.toml"
 _BEGIN = "<!-- Written by `course mutants --report`: what the suites said when measured. -->"
 _END = "<!-- End of what was written. -->"
 _HEAD = """# How well the suites grade
@@ -23,6 +25,8 @@ since.
   where `course mutants LAB --diagnose` has not run so far.
 - **seconds**: of the hunt on the machine that measured, which tells little about yours.
 """
+_CASES = """Each case is a bug that a real engine had. The tests are named as below `tests/`; each
+is in a graded suite, or in `tests/course`, which meets the engine as a user does."""
 _COLUMNS = (
     "tests",
     "misconceptions",
@@ -79,8 +83,23 @@ def page() -> str:
         for name, row in rows.items():
             cells = " | ".join(_cell(row[column]) for column in _COLUMNS)
             parts[-1] += f"\n| {name} | {cells} |"
+    parts.append(f"## What the engine survives\n\n{_CASES}\n\n{cases_table()}")
     parts.append(f"## The tutor's linter\n\n{transcripts.confusion_table()}")
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def engine_cases() -> list[dict]:
+    """Read tests/engine_cases.toml: number, what, and the names of tests, in order."""
+    return tomllib.loads(CASES.read_text(encoding="utf-8"))["case"]
+
+
+def cases_table() -> str:
+    """Lay out which tests hold the engine to what it must survive, as Markdown."""
+    lines = ["| case | what | tests |", "|---:|---|---|"]
+    for case in engine_cases():
+        tests = "<br>".join(f"`{test}`" for test in case["tests"])
+        lines.append(f"| {case['number']} | {case['what']} | {tests} |")
+    return "\n".join(lines)
 
 
 def week_page(week: str) -> Path:

@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from course import mutants, quality
-from course.labs import GROUPS, WEEKS, all_labs
+from course.labs import GROUPS, ROOT, WEEKS, all_labs
 from tests.course.test_layers import NUM_TESTS
 
 LABS = pytest.mark.parametrize("lab", all_labs(), ids=lambda lab: lab.name)
@@ -144,3 +144,14 @@ def test_a_row_that_does_not_fit_is_one_sentence(tree):
     result = tree.run("course", "mutants", "week1/rope", "--listed")
     assert result.returncode == 2
     assert "occurs 0 times in rope.py" in result.stdout
+
+
+def test_every_case_of_the_engine_has_tests_that_exist():
+    cases = quality.engine_cases()
+    numbers = [case["number"] for case in cases]
+    assert numbers == sorted(set(numbers)) and {*range(1, 19), 20, 21, *range(23, 27)} <= {*numbers}
+    for test in [test for case in cases for test in case["tests"]]:
+        file, _, name = test.partition("::")
+        tree = ast.parse((ROOT / "tests" / file).read_bytes())
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert name in names, test
