@@ -35,7 +35,7 @@ def soak(seconds: float, num_streams: int = NUM_STREAMS) -> dict:
     """Run it; returns what was seen. Raises AssertionError for anything that is left over."""
     with tempfile.TemporaryDirectory() as folder:
         model = tiny.make_checkpoint(Path(folder), max_position_embeddings=256)
-        words = ("--kv-gb", "0.001", "--max-waiting", str(num_streams))
+        words = ("--kv-gb", "0.0005", "--max-waiting", str(num_streams))
         with ServerProcess(model, NAME, *words) as server:
             warm = asyncio.run(_load(server, num_streams, WARM_UP_SHARE * seconds, seed=0))
             before = _state(server)
