@@ -158,7 +158,8 @@ def paged_decode(
         visible = torch.arange(longest, device=q.device) < seq_lens[rows, None]
         k, v = (_gather(x, tables, longest) for x in (keys, values))
         # A weight of 0 does not help against NaN.
-        v.masked_fill_(~visible[:, None, :, None], 0.0)
+        hidden_rows, hidden_keys = (~visible).nonzero(as_tuple=True)
+        v[hidden_rows, :, hidden_keys] = 0.0
         # The query heads of one group stand where attention has queries: they share keys and mask.
         grouped = q[rows].unflatten(1, (k.shape[1], -1))
         out[rows] = attention(grouped, k, v, visible[:, None, None]).flatten(1, 2)
@@ -211,7 +212,9 @@ def _gather(pool: Tensor, block_tables: Tensor, num_tokens: int) -> Tensor:
     Returns (num_seqs, num_kv_heads, num_tokens, head_dim).
     """
     tables = block_tables[:, : -(-num_tokens // pool.shape[2])]
-    blocks = pool[tables]  # (num_seqs, num_blocks, num_kv_heads, block_size, head_dim)
+    # (num_seqs, num_blocks, num_kv_heads, block_size, head_dim), copied block by block; indexing
+    # with the tables would go number by number.
+    blocks = pool.index_select(0, tables.flatten()).unflatten(0, tables.shape)
     return blocks.transpose(1, 2).flatten(2, 3)[:, :, :num_tokens]
 
 
