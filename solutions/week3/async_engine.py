@@ -53,10 +53,9 @@ class RequestHandle:
         Returns without waiting for the engine, which aborts the request before its next step.
         Nothing happens when the request has ended already.
         """
-        if not self._ended:
-            self._ended = True
-            self._news.put_nowait(None)
-            self._abort(self)
+        self._ended = True
+        self._news.put_nowait(None)
+        self._abort(self)
 
     def __aiter__(self) -> "RequestHandle":
         return self
@@ -78,8 +77,8 @@ class AsyncEngine:
     """An engine for coroutines of any event loops: they submit and listen, a thread steps.
 
     engine: of it only `limits`, `check`, `add`, `abort`, `step` and `num_unfinished` are used; all
-        but the first two in one thread, in which nothing of the callers' runs. max_waiting: how
-        many places there are beside the max_num_seqs of its limits.
+        but the first two in one thread, which is none of the callers'. max_waiting: how many places
+        there are beside the max_num_seqs of its limits.
     engine is kept under its name.
     A request has a place, and its id, from `submit` until the engine's next step after its end is
     over; after that nothing is kept of it. The thread steps as long as somebody has a place; when

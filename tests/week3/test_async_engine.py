@@ -803,6 +803,23 @@ def test_nothing_comes_of_what_was_there_before_an_abort():
         served.expect("a", ["the end"])
 
 
+def test_nothing_comes_of_what_arrives_with_an_abort():
+    with Served() as served:
+        served.submit("a", 9)
+        served.begun(0)
+        served.flush()
+
+        def abort_behind_a_delta() -> None:
+            # The loop does nothing else until the step is over and its delta is on the way.
+            served.engine.allow(1)
+            served.until(lambda: served.engine.num_begun == 2, "step 1 has not begun")
+            asyncio.get_running_loop().call_soon(served.handles["a"].abort)
+
+        served.of.note("loop 0 is busy until step 0 is over, and then aborts 'a'")
+        served.call(abort_behind_a_delta, "what happens in the loop")
+        served.expect("a", ["the end"])
+
+
 def test_abort_is_done_before_the_next_step():
     with Served(max_num_seqs=2) as served:
         served.submit("a", 9)
