@@ -102,7 +102,10 @@ class AsyncEngine:
         )
 
     def start(self) -> None:
-        """Start the thread; to be called once, before anything else is."""
+        """Start the thread; to be called once, before anything else is.
+
+        A program may end without `close`: the thread does not keep it.
+        """
         raise NotImplementedError(
             "week3/async_engine.py: AsyncEngine.start is not written yet "
             "→ sessions/week3/async_engine.md"

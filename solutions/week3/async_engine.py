@@ -110,7 +110,10 @@ class AsyncEngine:
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Start the thread; to be called once, before anything else is."""
+        """Start the thread; to be called once, before anything else is.
+
+        A program may end without `close`: the thread does not keep it.
+        """
         self._thread.start()
 
     def close(self, drain_seconds: float) -> None:

@@ -25,8 +25,11 @@ engine_lab = lab("week3/engine")
 qwen = lab("week1/qwen")
 
 WAIT = 0.05
-# How many waits in a row bring nothing before a test gives up, and how many once one has given up.
-NUM_WAITS, NUM_WAITS_LATER = 60, 10
+# How many waits may bring nothing before a test gives up, and how many once one has given up: the
+# lab is red by then, and a learner should not wait for three seconds fifty times.
+NUM_WAITS, NUM_WAITS_LATER = 60, 4
+# No test waits longer than this for one thing, also when something else comes all the time.
+LONGEST, LONGEST_LATER = 9.0, 2.0
 MAX_LINES = 14
 VOCAB_SIZE = 50
 ENDLESS = 10**9
@@ -35,7 +38,7 @@ ENDLESS = 10**9
 class Patience:
     """How long the tests of this process wait for what does not come."""
 
-    num_waits = NUM_WAITS
+    num_waits, longest = NUM_WAITS, LONGEST
 
 
 class ToldToFail(RuntimeError):
@@ -230,7 +233,7 @@ class Caller:
             self.loop.call_soon(self.loop.stop)
 
         self.run(cancel())
-        self.thread.join(NUM_WAITS_LATER * WAIT)
+        self.thread.join(3 * WAIT)
         if not self.thread.is_alive():
             self.loop.close()
 
@@ -278,7 +281,7 @@ class Served:
         self.engine.allow(math.inf)
         closer = threading.Thread(target=self.close_quietly, daemon=True)
         closer.start()
-        closer.join(NUM_WAITS_LATER * WAIT)
+        closer.join(3 * WAIT)
         self.engine.is_over = True
         for caller in self.callers:
             caller.stop()
@@ -301,7 +304,7 @@ class Served:
 
         A machine that is slow gets more time, but not for ever.
         """
-        num_waits, until = 0, time.monotonic() + 3 * Patience.num_waits * WAIT
+        num_waits, until = 0, time.monotonic() + Patience.longest
         with self.changed:
             while num_waits < Patience.num_waits and time.monotonic() < until:
                 self.check_problems()
@@ -313,7 +316,7 @@ class Served:
     def late(self, what: str, value: Any = None) -> None:
         """Fail because something has not happened."""
         seconds = Patience.num_waits * WAIT
-        Patience.num_waits = NUM_WAITS_LATER
+        Patience.num_waits, Patience.longest = NUM_WAITS_LATER, LONGEST_LATER
         self.check_problems()
         text = f"{self.of}\n{what}, after {seconds:g} s of waiting"
         died = [error for error in self.errors if isinstance(error, ToldToFail)]
@@ -700,6 +703,14 @@ def test_is_alive_from_start_to_close():
         served.closed(served.start_closing(0.0))
     fresh = asynchronous.AsyncEngine(StandIn(served.of, served.changed, 2))
     check_equal(fresh.is_alive, False, "is_alive before start", of="a fresh AsyncEngine")
+
+
+def test_the_thread_keeps_no_program_from_ending():
+    before = set(threading.enumerate())
+    with Served() as served:
+        new = set(threading.enumerate()) - before - {caller.thread for caller in served.callers}
+        keeps = [thread.name for thread in new if not thread.daemon]
+        check_equal(keeps, [], "threads that keep a program from ending", of=served.of)
 
 
 def idle_calls(served: Served) -> int:
