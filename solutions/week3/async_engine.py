@@ -119,8 +119,9 @@ class AsyncEngine:
     def close(self, drain_seconds: float) -> None:
         """Refuse new requests, let the others run for so long, abort the rest, end the thread.
 
-        A step that runs when the time is over is waited for. The last delta of a request that is
-        aborted here has no text, no choices and the finish_reason "abort".
+        A step that runs when the time is over is waited for, and what it brings is handed out. The
+        last delta of a request that is aborted here has no text, no choices and the finish_reason
+        "abort".
         Blocks until all is done, from any thread, also that of an event loop. Called again, it only
         waits: the drain_seconds of the first call hold.
         """
