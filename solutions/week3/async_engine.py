@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineBusy(Exception):
-    """Too many requests wait; it may be tried again later."""
+    """Every place is taken; it may be tried again later."""
 
 
 class EngineClosed(Exception):
@@ -24,33 +24,38 @@ class EngineClosed(Exception):
 
 
 class EngineFailed(Exception):
-    """The model raised while it computed a request."""
+    """The engine could not go on with a request; raised from the error that it met."""
 
 
 class RequestHandle:
     """What comes to one request: an asynchronous iterator of its deltas, up to the last one.
 
-    Made by `AsyncEngine.submit`, in the event loop in which it is iterated, once.
-    Iterating raises EngineFailed, and ends, when the model raised in one of the request's steps, or
-    the id is not free yet: that of an aborted request is, after the engine's next step.
+    Made by `AsyncEngine.submit` alone, so that what it is made from is up to you. It is iterated,
+    by one task at a time, and aborted in the event loop in which it was made.
+    Who stops iterating, or is cancelled while it waits for a delta, ends nothing and loses nothing:
+    the request runs on, and the next iteration goes on with the next delta. After the last delta
+    and after `abort`, every iteration ends at once.
+    Raises EngineFailed, once, from the error that is its cause, and then ends: when the model
+    raised in a step of the request, when the engine's `add` refused it after all, and when the
+    engine has failed.
     """
 
-    def __init__(self, abort: Callable[[], None]):
-        self._abort = abort
+    def __init__(self, request_id: str, abort: Callable[["RequestHandle"], None]):
+        self._request_id, self._abort = request_id, abort
         self._loop = asyncio.get_running_loop()
-        # None ends the iteration of somebody who waits while the request is aborted.
-        self._deltas: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+        # None wakes somebody who waits while the request is aborted.
+        self._news: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
         self._ended = False
 
     def abort(self) -> None:
-        """End the request, from its event loop; its blocks are free soon, iterating ends at once.
+        """End the request: iterating ends at once, also where somebody waits for a delta.
 
-        Nothing happens when it has ended already.
+        Returns without waiting for the engine, which aborts the request before its next step.
+        Nothing happens when the request has ended already.
         """
-        if not self._ended:
-            self._ended = True
-            self._deltas.put_nowait(None)
-            self._abort()
+        self._ended = True
+        self._news.put_nowait(None)
+        self._abort(self)
 
     def __aiter__(self) -> "RequestHandle":
         return self
@@ -58,34 +63,46 @@ class RequestHandle:
     async def __anext__(self) -> Delta:
         if self._ended:
             raise StopAsyncIteration
-        delta = await self._deltas.get()
-        if delta is None or self._ended:
+        news = await self._news.get()
+        if self._ended:  # aborted since
             raise StopAsyncIteration
-        if isinstance(delta, BaseException):
+        if isinstance(news, Exception):
             self._ended = True
-            raise EngineFailed("the model failed; the server's log says more") from delta
-        self._ended = delta.finish_reason is not None
-        return delta
+            raise EngineFailed("the engine failed; the server's log says more") from news
+        self._ended = news.finish_reason is not None
+        return news
 
 
 class AsyncEngine:
     """An engine for coroutines of any event loops: they submit and listen, a thread steps.
 
-    engine: nobody else calls it from now on, apart from `check`. max_waiting: how many requests may
-        wait beside those that run; more are refused. It runs from `start` to `close`.
+    engine: of it only `limits`, `check`, `add`, `abort`, `step` and `num_unfinished` are used; all
+        but the first two in one thread, which is none of the callers'. max_waiting: how many places
+        there are beside the max_num_seqs of its limits.
     engine is kept under its name.
+    A request has a place, and its id, from `submit` until the engine's next step after its end is
+    over; after that nothing is kept of it. The thread steps as long as somebody has a place; when
+    nobody has, it makes no call. What is asked for while a step runs is done before the next one,
+    in the order in which it was asked for.
+    What a step brings wakes an event loop once, however many of its requests get something. A loop
+    that has been closed hears nothing, and nobody else notices.
+    When a step raises StepFailed, the requests that it names fail; when `add` raises ValueError,
+    its request does. The others go on. When anything else is raised, all requests fail, and the
+    thread ends. Each of these is logged as an error, with its traceback.
     """
 
     def __init__(self, engine: Engine, max_waiting: int = 256):
         self.engine = engine
-        self._max_unfinished = engine.limits.max_num_seqs + max_waiting
+        self._num_places = engine.limits.max_num_seqs + max_waiting
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        # Guards all that follows; the engine itself belongs to the thread.
+        # Guards what follows; the engine itself is the thread's alone.
         self._changed = threading.Condition()
-        self._commands: list[Callable[[], None]] = []
-        self._handles: dict[str, RequestHandle] = {}
-        self._closing = False
+        self._places: dict[str, RequestHandle] = {}
+        self._orders: list[Callable[[], None]] = []
+        self._is_closing = False
         self._deadline = math.inf
+        # Who has ended, and waits for a step to lose the place; the thread's alone, too.
+        self._ended: list[RequestHandle] = []
 
     @property
     def is_alive(self) -> bool:
@@ -93,18 +110,24 @@ class AsyncEngine:
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread; to be called once, before anything else is.
+
+        A program may end without `close`: the thread does not keep it.
+        """
         self._thread.start()
 
     def close(self, drain_seconds: float) -> None:
         """Refuse new requests, let the others run for so long, abort the rest, end the thread.
 
-        The last delta of an aborted one has the finish_reason "abort". Blocks until all is done;
-        called again, it does nothing.
+        A step that runs when the time is over is waited for, and what it brings is handed out. The
+        last delta of a request that is aborted here has no text, no choices and the finish_reason
+        "abort".
+        Blocks until all is done, from any thread, also that of an event loop. Called again, it only
+        waits: the drain_seconds of the first call hold.
         """
         with self._changed:
-            if not self._closing:
-                self._closing = True
+            if not self._is_closing:
+                self._is_closing = True
                 self._deadline = time.monotonic() + drain_seconds
             self._changed.notify()
         self._thread.join()
@@ -112,94 +135,106 @@ class AsyncEngine:
     def submit(
         self, request_id: str, prompt_ids: Sequence[int], params: GenerationParams
     ) -> RequestHandle:
-        """Let a request join; returns its handle, without waiting for anything.
+        """Let a request join; returns its handle without waiting for the engine.
 
-        Raises ValueError for what `Engine.check` refuses and for an id that has not ended;
-        EngineBusy when too many run or wait; EngineClosed when no more are taken: after `close`,
-        and when the engine has failed.
+        prompt_ids: as they are now; the caller may change them later. To be called in an event
+            loop, which is the one of the handle.
+        Raises, with nothing changed, ValueError for what `Engine.check` refuses, and one that names
+        the id when it is taken; EngineBusy when no place is free; and EngineClosed when no more
+        requests are taken: after `close` has been called, and after the engine has failed.
         """
+        prompt_ids = tuple(prompt_ids)
         self.engine.check(prompt_ids, params)
         with self._changed:
-            if self._closing:
+            if self._is_closing:
                 raise EngineClosed("the engine takes no more requests")
-            if request_id in self._handles:
+            if request_id in self._places:
                 raise ValueError(f"there is a request {request_id!r} already, and it has not ended")
-            if len(self._handles) >= self._max_unfinished:
-                raise EngineBusy(f"{len(self._handles)} requests run or wait already")
-            handle = RequestHandle(lambda: self._abort(request_id))
-            self._handles[request_id] = handle
-            self._commands.append(lambda: self._add(request_id, prompt_ids, params))
+            if len(self._places) >= self._num_places:
+                raise EngineBusy(f"{len(self._places)} requests run or wait already")
+            handle = RequestHandle(request_id, self._abort)
+            self._places[request_id] = handle
+            self._orders.append(lambda: self._add(handle, prompt_ids, params))
             self._changed.notify()
         return handle
 
-    def _add(self, request_id: str, prompt_ids: Sequence[int], params: GenerationParams) -> None:
-        try:
-            self.engine.add(request_id, prompt_ids, params)
-        except ValueError as error:
-            # The engine still holds blocks for an id that was aborted a moment ago.
-            self._deliver({request_id: error})
-
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, handle: RequestHandle) -> None:
         with self._changed:
-            if self._handles.pop(request_id, None) is not None:
-                self._commands.append(lambda: self.engine.abort(request_id))
-                self._changed.notify()
+            # It may have ended unnoticed, and its id may be another request's.
+            if self._places.get(handle._request_id) is handle:
+                self._orders.append(lambda: self._end(handle))
 
     def _run(self) -> None:
         try:
-            while self._wait_for_work():
-                self._step()
+            while self._obey():
+                ended, self._ended = self._ended, []
+                self._hand_out(self._step())
+                self._vacate(ended)
             self._abort_all()
         except Exception as error:
             # Nobody may wait for a thread that is no more.
             logger.exception("the engine has failed, and ends")
             with self._changed:
-                self._closing = True
-                left = list(self._handles)
-            self._deliver(dict.fromkeys(left, error))
+                self._is_closing = True
+            self._hand_out(dict.fromkeys(self._places, error))
 
-    def _step(self) -> None:
+    def _obey(self) -> bool:
+        """Wait for work, and do what was asked for; returns False when all is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._places or self._is_closing)
+            if self._is_closing and (not self._places or time.monotonic() >= self._deadline):
+                return False
+            orders, self._orders = self._orders, []
+        for order in orders:
+            order()
+        return True
+
+    def _add(
+        self, handle: RequestHandle, prompt_ids: Sequence[int], params: GenerationParams
+    ) -> None:
         try:
-            self._deliver({delta.request_id: delta for delta in self.engine.step()})
+            self.engine.add(handle._request_id, prompt_ids, params)
+        except ValueError as error:
+            logger.exception("the engine refuses a request that it had checked")
+            self._hand_out({handle._request_id: error})
+
+    def _end(self, handle: RequestHandle) -> None:
+        self.engine.abort(handle._request_id)
+        self._ended.append(handle)
+
+    def _step(self) -> Mapping[str, Delta | Exception]:
+        try:
+            return {delta.request_id: delta for delta in self.engine.step()}
         except StepFailed as failure:
             logger.exception("a step failed, and its requests end")
-            self._deliver(dict.fromkeys(failure.request_ids, failure.__cause__))
+            return dict.fromkeys(failure.request_ids, failure.__cause__)
+
+    def _vacate(self, ended: Sequence[RequestHandle]) -> None:
+        with self._changed:
+            for handle in ended:
+                # Twice in the list is who ended and was aborted in the same step.
+                if self._places.get(handle._request_id) is handle:
+                    del self._places[handle._request_id]
 
     def _abort_all(self) -> None:
-        left = list(self._handles)
-        for request_id in left:
+        for request_id in self._places:
             self.engine.abort(request_id)
-        self.engine.step()  # in which blocks of the aborted become free
-        self._deliver({request_id: Delta(request_id, "", (), "abort") for request_id in left})
+        self._hand_out({name: Delta(name, "", (), "abort") for name in self._places})
 
-    def _wait_for_work(self) -> bool:
-        """Carry out what was asked for; returns False when there is nothing left to do, ever."""
-        with self._changed:
-            while not (self._commands or self._closing or self.engine.num_unfinished):
-                self._changed.wait()
-            commands, self._commands = self._commands, []
-        for command in commands:
-            command()
-        if not self._closing:
-            return True
-        return self.engine.num_unfinished > 0 and time.monotonic() < self._deadline
-
-    def _deliver(self, news: Mapping[str, Delta | BaseException]) -> None:
-        """Hand out what came, with one call into each event loop."""
+    def _hand_out(self, news: Mapping[str, Delta | Exception]) -> None:
+        """Tell the requests what there is for them, with one call into each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list] = {}
         with self._changed:
-            for request_id, delta in news.items():
-                handle = self._handles.get(request_id)
-                if handle is None:
-                    continue  # aborted since
-                by_loop.setdefault(handle._loop, []).append((handle._deltas, delta))
-                if not isinstance(delta, Delta) or delta.finish_reason is not None:
-                    del self._handles[request_id]
-        for loop, deltas in by_loop.items():
+            for request_id, one in news.items():
+                handle = self._places[request_id]
+                by_loop.setdefault(handle._loop, []).append((handle._news, one))
+                if isinstance(one, Exception) or one.finish_reason is not None:
+                    self._ended.append(handle)
+        for loop, items in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the loop is closed, so that nobody listens
-                loop.call_soon_threadsafe(_put_all, deltas)
+                loop.call_soon_threadsafe(_put_all, items)
 
 
-def _put_all(deltas: Sequence[tuple[asyncio.Queue, Delta | BaseException]]) -> None:
-    for waiting, delta in deltas:
-        waiting.put_nowait(delta)
+def _put_all(items: Sequence[tuple[asyncio.Queue, Delta | Exception]]) -> None:
+    for queue, news in items:
+        queue.put_nowait(news)
