@@ -26,6 +26,7 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "paged_attention",
         "model_runner",
         "engine",
+        "protocol",
     ),
 }
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.
