@@ -422,16 +422,14 @@ class StreamWriter:
         end = ["data: [DONE]\n\n"]
         if not self._include_usage:
             return end
-        return [event({**self._common(), "choices": [], "usage": self._counts.usage()}), *end]
-
-    def _common(self) -> dict[str, Any]:
-        head = self._head
-        return {**_common(head), "object": head.kind.chunk_name}
+        common = _common(self._head, self._head.kind.chunk_name)
+        return [event({**common, "choices": [], "usage": self._counts.usage()}), *end]
 
     def _chunk(self, index: int, fields: dict[str, Any], finish_reason: str | None = None) -> str:
         choice = {"index": index, **fields, "finish_reason": finish_reason}
         usage = {"usage": None} if self._include_usage else {}
-        return event({**self._common(), "choices": [choice], **usage})
+        common = _common(self._head, self._head.kind.chunk_name)
+        return event({**common, "choices": [choice], **usage})
 
     def _logprobs(self, index: int, choices: Sequence[Choice]) -> dict[str, Any] | None:
         if self._head.kind == CHAT:
@@ -473,11 +471,11 @@ def whole_answer(
             fields, logprobs = {"text": text}, completion_logprobs(choices, decode, 0)
         end = {"logprobs": logprobs, "finish_reason": reasons[index]}
         parts.append({"index": index, **fields, **end})
-    return {**_common(head), "object": head.kind.name, "choices": parts, "usage": counts.usage()}
+    return {**_common(head, head.kind.name), "choices": parts, "usage": counts.usage()}
 
 
-def _common(head: AnswerHead) -> dict[str, Any]:
-    return {"id": head.id, "created": head.created, "model": head.model}
+def _common(head: AnswerHead, name: str) -> dict[str, Any]:
+    return {"id": head.id, "object": name, "created": head.created, "model": head.model}
 
 
 class _Counts:
