@@ -417,7 +417,7 @@ class StreamWriter:
 
         With include_usage a chunk comes before it, whose choices are [] and whose usage is as in
         `usage_of`, counted from the deltas' choices. What a choice found in the cache stands in its
-        first delta.
+        first delta; it is 0 where none came.
         """
         end = ["data: [DONE]\n\n"]
         if not self._include_usage:
