@@ -86,6 +86,14 @@ def check_params(
             raise GradedFailure(text, (name, found), value)
 
 
+def check_word(got: Any, expected: str | None, what: str, of: object = None) -> None:
+    """Hold a name or a short text, and show all of it."""
+    if got != expected:
+        raise GradedFailure(
+            f"{of}\n{what}: got {got!r}, expected {expected!r}", (what, got), expected
+        )
+
+
 def check_refused(kind: str, params: dict[str, Any], name: str) -> None:
     """Hold params_of to a RequestError with status 400 that names what the client wrote."""
     of = words_of(kind, params, PROMPT, CONTEXT)
@@ -94,7 +102,7 @@ def check_refused(kind: str, params: dict[str, Any], name: str) -> None:
         got = protocol.params_of(body, PROMPT, CONTEXT)
     except protocol.RequestError as error:
         check_equal(error.status, 400, "the status of the RequestError", of=of)
-        check_equal(error.param, name, "the param of the RequestError", of=of)
+        check_word(error.param, name, "the param of the RequestError", of=of)
         check_true(name in str(error), f"the message {str(error)!r} does not name {name}", of=of)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         text = f"{of}\nraised {error!r}; expected a RequestError that names {name}"
@@ -390,6 +398,8 @@ def check_object(got: Any, expected: Any, what: str, of: object = None, path: st
         if got != expected or isinstance(got, bool) != isinstance(expected, bool):
             check_equal(got, expected, where, of=of)
             raise GradedFailure(f"{of}\n{where}: got {got}, expected {expected}", (where, got))
+    elif isinstance(expected, str) and isinstance(got, str) and len(got + expected) < 90:
+        check_word(got, expected, where, of=of)
     else:
         check_equal(got, expected, where, of=of)
 
