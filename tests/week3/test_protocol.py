@@ -397,7 +397,6 @@ def check_object(got: Any, expected: Any, what: str, of: object = None, path: st
     elif isinstance(expected, (int, float)) and isinstance(got, (int, float)):
         if got != expected or isinstance(got, bool) != isinstance(expected, bool):
             check_equal(got, expected, where, of=of)
-            raise GradedFailure(f"{of}\n{where}: got {got}, expected {expected}", (where, got))
     elif isinstance(expected, str) and isinstance(got, str) and len(got + expected) < 90:
         check_word(got, expected, where, of=of)
     else:
