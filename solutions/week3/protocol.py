@@ -463,12 +463,12 @@ def whole_answer(
         chosen[index] += delta.choices
         reasons[index] = delta.finish_reason or reasons[index]
     parts = []
-    for index, (text, choices) in enumerate(zip(texts, chosen, strict=True)):
+    for index, text in enumerate(texts):
         if head.kind == CHAT:
             fields = {"message": {"role": "assistant", "content": text}}
-            logprobs = chat_logprobs(choices, decode)
+            logprobs = chat_logprobs(chosen[index], decode)
         else:
-            fields, logprobs = {"text": text}, completion_logprobs(choices, decode, 0)
+            fields, logprobs = {"text": text}, completion_logprobs(chosen[index], decode, 0)
         end = {"logprobs": logprobs, "finish_reason": reasons[index]}
         parts.append({"index": index, **fields, **end})
     return {**_common(head, head.kind.name), "choices": parts, "usage": counts.usage()}
