@@ -139,7 +139,11 @@ def plain_message(message: Message) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AnswerKind:
-    """One of the two endpoints. name, chunk_name: the object of a whole answer, and of a chunk."""
+    """One of the two endpoints.
+
+    name, chunk_name: what a whole answer, and a chunk of a stream, have as "object". id_prefix: how
+    the ids of answers begin.
+    """
 
     name: str
     chunk_name: str
