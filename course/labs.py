@@ -27,6 +27,7 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "model_runner",
         "engine",
         "async_engine",
+        "protocol",
     ),
 }
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.

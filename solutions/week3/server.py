@@ -27,23 +27,24 @@ from starlette.exceptions import HTTPException
 
 from week3.async_engine import AsyncEngine, EngineBusy, EngineClosed, EngineFailed, RequestHandle
 from week3.engine import Delta
-from week3.model_runner import Choice
 from week3.protocol import (
     CHAT,
     COMPLETION,
     MAX_BODY_BYTES,
     MAX_CHOICES,
+    AnswerHead,
     AnswerKind,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     RequestError,
+    StreamWriter,
     TokenizeRequest,
     error_body,
     event,
     params_of,
     plain_message,
-    usage_of,
+    whole_answer,
 )
 
 __all__ = ["create_app"]
@@ -295,10 +296,11 @@ class _Server:
     ) -> StreamingResponse | dict[str, Any]:
         if body.stream_options is not None and not body.stream:
             raise RequestError(400, "stream_options needs stream to be true", "stream_options")
-        head = {"id": f"{kind.id_prefix}{uuid.uuid4().hex}", "created": int(time.time())}
-        head["model"] = self._name
-        handles = self._submit(head["id"], body, prompts)
-        answer = _Answer(kind, head, handles, prompts, self._tokenizer, self.metrics)
+        answer_id = f"{kind.id_prefix}{uuid.uuid4().hex}"
+        lengths = tuple(map(len, prompts))
+        head = AnswerHead(kind, answer_id, int(time.time()), self._name, lengths, body.n or 1)
+        handles = self._submit(head.id, body, prompts)
+        answer = _Answer(head, handles, self._tokenizer.decode, self.metrics)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             events = answer.events(with_usage, request.receive)
@@ -339,71 +341,33 @@ class _Answer:
 
     def __init__(
         self,
-        kind: AnswerKind,
-        head: dict[str, Any],
+        head: AnswerHead,
         handles: Sequence[RequestHandle],
-        prompts: Sequence[Sequence[int]],
-        tokenizer: Any,
+        decode: Callable[[list[int]], str],
         metrics: Metrics,
     ):
-        self._kind, self._head = kind, head
-        self._handles, self._metrics = handles, metrics
-        self._decode = tokenizer.decode
-        self._num_prompt_tokens = sum(map(len, prompts))
-        self._num_choices = [0] * len(handles)
-        self._num_cached = [0] * len(handles)
-        self._per_prompt = len(handles) // len(prompts)
+        self._head, self._handles = head, handles
+        self._decode, self._metrics = decode, metrics
 
-    async def events(self, with_usage: bool, receive: Callable) -> AsyncIterator[str]:
-        """Write server-sent events, with one finish chunk for each choice."""
-        kind, head = self._kind, {**self._head, "object": self._kind.chunk_name}
-        usage = {"usage": None} if with_usage else {}
-        lengths = [0] * len(self._handles)
-
-        def chunk(index: int, fields: dict[str, Any], finish_reason: str | None = None) -> str:
-            choice = {"index": index, **fields, "finish_reason": finish_reason}
-            return event({**head, "choices": [choice], **usage})
-
+    async def events(self, include_usage: bool, receive: Callable) -> AsyncIterator[str]:
+        """Write server-sent events as deltas come."""
+        writer = StreamWriter(self._head, self._decode, include_usage)
         try:
-            if kind.opening is not None:
-                for index in range(len(self._handles)):
-                    yield chunk(index, kind.opening)
+            for text in writer.opening():
+                yield text
             async with contextlib.aclosing(self._deltas(receive)) as deltas:
                 async for index, delta in deltas:
-                    if delta.text or delta.choices:
-                        logprobs = kind.logprobs(delta.choices, self._decode, lengths[index])
-                        lengths[index] += len(delta.text)
-                        yield chunk(index, kind.part(delta.text, logprobs))
-                    if delta.finish_reason is not None:
-                        yield chunk(index, kind.closing, delta.finish_reason)
-            if with_usage:
-                yield event({**head, "choices": [], "usage": self._usage()})
-            yield "data: [DONE]\n\n"
+                    for text in writer.add(index, delta):
+                        yield text
+            for text in writer.closing():
+                yield text
         except EngineFailed as error:
             yield event(error_body(500, str(error)))
 
     async def whole(self, receive: Callable) -> dict[str, Any]:
         """Wait for all choices, and write one object."""
-        texts = [""] * len(self._handles)
-        choices: list[list[Choice]] = [[] for _ in self._handles]
-        reasons = ["abort"] * len(self._handles)
         async with contextlib.aclosing(self._deltas(receive)) as deltas:
-            async for index, delta in deltas:
-                texts[index] += delta.text
-                choices[index] += delta.choices
-                reasons[index] = delta.finish_reason or "abort"
-        parts = [
-            {
-                "index": index,
-                **self._kind.whole(
-                    texts[index], self._kind.logprobs(choices[index], self._decode, 0)
-                ),
-                "finish_reason": reasons[index],
-            }
-            for index in range(len(self._handles))
-        ]
-        head = {**self._head, "object": self._kind.name}
-        return {**head, "choices": parts, "usage": self._usage()}
+            return whole_answer(self._head, [pair async for pair in deltas], self._decode)
 
     async def _deltas(self, receive: Callable) -> AsyncIterator[tuple[int, Delta]]:
         """Yield (index, delta) of all choices as they come; ends early when the client goes."""
@@ -433,8 +397,6 @@ class _Answer:
                 if delta is None:
                     num_open -= 1
                     continue
-                self._num_choices[index] += len(delta.choices)
-                self._num_cached[index] = delta.num_cached_tokens
                 yield index, delta
         finally:
             self._abort()
@@ -444,11 +406,6 @@ class _Answer:
     def _abort(self) -> None:
         for handle in self._handles:
             handle.abort()
-
-    def _usage(self) -> dict[str, Any]:
-        # The choices of one prompt share it.
-        cached = sum(self._num_cached[:: self._per_prompt])
-        return usage_of(self._num_prompt_tokens, sum(self._num_choices), cached)
 
 
 class _Guard:

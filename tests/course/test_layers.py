@@ -31,6 +31,7 @@ NUM_TESTS = {
     "week3/model_runner": 201,
     "week3/engine": 280,
     "week3/async_engine": 120,
+    "week3/protocol": 406,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,
