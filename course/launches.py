@@ -286,6 +286,8 @@ class _Launch:
         if self.has_atomics or not self.writes:
             return
         writers, written, values = (np.concatenate(parts) for parts in self._joined_writes())
+        if not len(written):
+            return  # every store was masked altogether
         order = np.argsort(written, kind="stable")
         writers, written, values = writers[order], written[order], values[order]
         same = written[1:] == written[:-1]
