@@ -73,7 +73,8 @@ def paged_prefill(
     block_tables: (num_seqs, max_blocks) int64, any strides: the blocks of each sequence in the
         order of its tokens, anywhere in the pool. Entries behind those mean nothing.
     cu_seqlens_q: (num_seqs + 1,) int64: sequence i has the tokens of this pass from cu_seqlens_q[i]
-        up to, not including, cu_seqlens_q[i + 1]. It may have none, one, or any number.
+        up to, not including, cu_seqlens_q[i + 1]. It may have any number of them; where it has
+        none, nothing of it is read in the pool.
     seq_lens: (num_seqs,) int64, at least 1: how many tokens each sequence has, those of this pass
         included, which are its last ones.
     max_seqlen_q: no sequence has more tokens in this pass. It and the shapes are all that the host
@@ -224,8 +225,8 @@ def _store_kernel(
     keys += place * key_strides[2] + dims * key_strides[3]
     values += block * value_strides[0] + heads * value_strides[1]
     values += place * value_strides[2] + dims * value_strides[3]
-    tl.store(keys, tl.load(k, mask=is_inside, other=0.0), mask=is_inside)
-    tl.store(values, tl.load(v, mask=is_inside, other=0.0), mask=is_inside)
+    tl.store(keys, tl.load(k, mask=is_inside), mask=is_inside)
+    tl.store(values, tl.load(v, mask=is_inside), mask=is_inside)
 
 
 @triton.jit
