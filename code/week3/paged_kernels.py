@@ -54,10 +54,10 @@ def paged_prefill(
         included, which are its last ones.
     max_seqlen_q: no sequence has more tokens in this pass. It and the shapes are all that the host
         looks at: the call does not wait for the device.
-    Returns (num_heads, tokens, head_dim), q's dtype: each token has looked at those of its own
-    sequence up to itself. Scores may lie far outside of what exp can hold; they, the weights and
-    the sums are float32, and float32 inputs are multiplied without rounding. Only a weight may be
-    rounded to q's dtype, before it meets its value.
+    Returns (num_heads, tokens, head_dim), q's dtype: what `attention` of week 1 gives when each
+    token looks at those of its own sequence up to itself. Scores may lie far outside of what exp
+    can hold; they, the weights and the sums are float32, and float32 inputs are multiplied without
+    rounding. Only a weight may be rounded to q's dtype, before it meets its value.
     What lies in other slots is not looked at: it may be anything, NaN too. Nor are the tokens that
     stand 256 places or more behind a query: they may be NaN, as far as this query is concerned.
     Keys and values are read where they lie: nothing is made beside the result that grows with the

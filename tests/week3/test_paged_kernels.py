@@ -151,16 +151,19 @@ POOL_LAYOUTS: list[Callable[[Tensor], Tensor]] = [
 by_name = {"ids": lambda layout: layout.__name__}
 
 
-def far_apart(part: Tensor, which: int, axis: int) -> Tensor:
-    """Lay out a layer so that 2**31 elements lie between its first and a later block or head."""
+def far_apart(parts: Sequence[Tensor], axis: int) -> list[Tensor]:
+    """Lay out keys and values so that 2**31 elements lie before their last block or head."""
     try:
-        held = torch.empty(2**31 + 2**28, dtype=part.dtype, device=DEVICE)
+        held = torch.empty(2**31 + 2**28, dtype=parts[0].dtype, device=DEVICE)
     except RuntimeError:
         pytest.skip("this machine has no room for a tensor of 4.5 GB")
-    strides = list(part.contiguous().stride())
-    strides[axis] = -(-(2**31) // (part.shape[axis] - 1))
+    strides = list(parts[0].contiguous().stride())
+    strides[axis] = -(-(2**31) // (parts[0].shape[axis] - 1))
     # Only what is named is ever touched, so that this is cheap on a CPU.
-    return held[which * 2**24 :].as_strided(part.shape, strides).copy_(part)
+    return [
+        held[i * 2**24 :].as_strided(part.shape, strides).copy_(part)
+        for i, part in enumerate(parts)
+    ]
 
 
 # What is stored.
@@ -289,7 +292,7 @@ def test_store_into_a_pool_with_other_strides_for_each(first):
 @pytest.mark.parametrize("axis", [0, 1], ids=["blocks", "heads"])
 def test_store_into_a_pool_of_more_than_two_to_the_31_numbers(axis):
     sizes = 3, 3, 4, 8, torch.float16
-    parts = [far_apart(other_slots(*sizes, seed=s), s, axis) for s in (0, 1)]
+    parts = far_apart([other_slots(*sizes, seed=s) for s in (1, 2)], axis)
     slots = [9, 5, 2, 11, -1]
     k, v = (random(3, 5, 8, seed=s, dtype=torch.float16) for s in (3, 4))
     expected = [stored(part, x, slots) for part, x in zip(parts, (k, v), strict=True)]
@@ -618,9 +621,7 @@ def test_prefill_of_tables_with_any_strides():
 @pytest.mark.parametrize("axis", [0, 1], ids=["blocks", "heads"])
 def test_prefill_of_a_pool_of_more_than_two_to_the_31_numbers(axis):
     pages = Pages([9, 3], heads=(3, 3), dtype=torch.float16, num_spare=0)
-    pages.keys, pages.values = (
-        far_apart(part, i, axis) for i, part in enumerate((pages.keys, pages.values))
-    )
+    pages.keys, pages.values = far_apart([pages.keys, pages.values], axis)
     q = pages.queries(7)
     note = f"; the last {('block', 'head')[axis]} begins behind 2**31 numbers"
     got = kernels.paged_prefill(*prefill_arguments(pages, q, [5, 2]).values())
@@ -993,9 +994,7 @@ def test_decode_of_tables_with_any_strides():
 @pytest.mark.parametrize("axis", [0, 1], ids=["blocks", "heads"])
 def test_decode_of_a_pool_of_more_than_two_to_the_31_numbers(axis):
     pages = Pages([9, 3], heads=(3, 3), dtype=torch.float16, num_spare=0)
-    pages.keys, pages.values = (
-        far_apart(part, i, axis) for i, part in enumerate((pages.keys, pages.values))
-    )
+    pages.keys, pages.values = far_apart([pages.keys, pages.values], axis)
     arguments = decode_arguments(pages)
     got = kernels.paged_decode(*arguments.values(), 2)
     note = f"; the last {('block', 'head')[axis]} begins behind 2**31 numbers"
