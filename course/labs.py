@@ -24,6 +24,7 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "prefix_caching",
         "scheduler",
         "paged_attention",
+        "paged_kernels",
         "model_runner",
         "engine",
         "async_engine",

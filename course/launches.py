@@ -220,6 +220,8 @@ class _NoLooking(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
+        if name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            name = "nonzero"  # how many elements a mask picks out is what it holds
         _refuse(name, {"_local_scalar_dense", "nonzero", "masked_select", "equal"})
         return function(*args, **(kwargs or {}))
 
@@ -286,6 +288,8 @@ class _Launch:
         if self.has_atomics or not self.writes:
             return
         writers, written, values = (np.concatenate(parts) for parts in self._joined_writes())
+        if not len(written):
+            return  # every store was masked altogether
         order = np.argsort(written, kind="stable")
         writers, written, values = writers[order], written[order], values[order]
         same = written[1:] == written[:-1]

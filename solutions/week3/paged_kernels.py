@@ -7,14 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from week2.flash_decoding import plan_splits
+
 __all__ = ["store_kv", "paged_prefill", "paged_decode"]
 
 # Larger heads need smaller blocks than the kernels have.
 MAX_HEAD_DIM = 128
-# So many programs on one processor: some of them compute while others wait for memory.
-PROGRAMS_PER_PROCESSOR = 2
-# A split of fewer tokens costs more to begin and to merge than it saves.
-MIN_SPLIT_TOKENS = 256
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _LOG2_E = math.log2(math.e)
@@ -37,10 +35,13 @@ def store_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) 
 
     k, v: (num_kv_heads, tokens, head_dim), the pool's dtype, any strides; left as they were. At
         least one token.
-    keys, values: (num_blocks, num_kv_heads, block_size, head_dim), any strides; each may have more
-        than 2**31 elements.
-    slots: (tokens,) int64: where each token goes, no slot twice; a token with slot -1 is not
-        stored. Other slots stay as they are, and the host does not wait for the device.
+    keys, values: (num_blocks, num_kv_heads, block_size, head_dim), float32, float16 or bfloat16,
+        any strides, which need not be the same for both. Slot s is place s % block_size of block
+        s // block_size; a block may have any number of slots. They may span more than 2**31
+        elements, of which one head of one block spans fewer.
+    slots: (tokens,) int64: where each token goes, no slot twice; a token with slot -1 is padding,
+        which is stored nowhere and may hold anything. Other slots stay as they are.
+    One launch of a kernel stores both, and the host does not wait for the device.
     """
     num_kv_heads, num_tokens, head_dim = k.shape
     _store_kernel[num_tokens,](
@@ -63,17 +64,32 @@ def paged_prefill(
     seq_lens: Tensor,
     max_seqlen_q: int,
 ) -> Tensor:
-    """Do what `week3.paged_attention.paged_prefill` does, in one launch of a kernel.
+    """Let the last tokens of several sequences look at their own sequence, in one launch.
 
-    Arguments and result as there, with float32, float16 or bfloat16; keys and values may have any
-    strides and more than 2**31 elements. Sequences may have any number of tokens in this pass, 0
-    and 1 too.
-    Scores, weights and sums are float32, and float32 inputs are multiplied without rounding; only a
-    weight may be rounded to q's dtype, before it meets its value. Scores may lie far outside of
-    what exp can hold. Slots in which the sequences have no token are not read. The host looks at
-    max_seqlen_q and at shapes alone; nothing is made beside the result that grows with the tokens.
+    q: (num_heads, tokens, head_dim), any strides: the queries of all sequences, one sequence behind
+        the other; float32, float16 or bfloat16.
+    keys, values: as in `store_kv`, q's dtype: the keys and values of these tokens are stored
+        already. Query heads share them as in `grouped_attention`.
+    block_tables: (num_seqs, max_blocks) int64, any strides: the blocks of each sequence in the
+        order of its tokens, anywhere in the pool. Entries behind those mean nothing.
+    cu_seqlens_q: (num_seqs + 1,) int64: sequence i has the tokens of this pass from cu_seqlens_q[i]
+        up to, not including, cu_seqlens_q[i + 1]. It may have any number of them; where it has
+        none, nothing of it is read in the pool.
+    seq_lens: (num_seqs,) int64, at least 1: how many tokens each sequence has, those of this pass
+        included, which are its last ones.
+    max_seqlen_q: no sequence has more tokens in this pass. It and the shapes are all that the host
+        looks at: the call does not wait for the device.
+    Returns (num_heads, tokens, head_dim), q's dtype: what `attention` of week 1 gives when each
+    token looks at those of its own sequence up to itself. Scores may lie far outside of what exp
+    can hold; they, the weights and the sums are float32, and float32 inputs are multiplied without
+    rounding. Only a weight may be rounded to q's dtype, before it meets its value.
+    What lies in other slots is not looked at: it may be anything, NaN too. Nor are the tokens that
+    stand 256 places or more behind a query: they may be NaN, as far as this query is concerned.
+    Keys and values are read where they lie: nothing is made beside the result that grows with the
+    tokens or with the pool. The arguments are left as they were.
     Raises ValueError, which names both numbers, when num_heads does not divide by num_kv_heads, and
     when head_dim is above 128.
+    Source: Kwon et al. 2023, arXiv:2309.06180, section 4.3; Dao 2023, arXiv:2307.08691.
     """
     num_heads, _, head_dim = q.shape
     _check_heads(num_heads, keys.shape[1], head_dim)
@@ -102,17 +118,24 @@ def paged_decode(
     seq_lens: Tensor,
     num_splits: int | None = None,
 ) -> Tensor:
-    """Do what `week3.paged_attention.paged_decode` does, in one kernel launch or two.
+    """Let the last token of each sequence gather the values of its sequence, cut into splits.
 
-    Arguments and result as there, with float32, float16 or bfloat16; keys and values may have any
-    strides and more than 2**31 elements. A sequence with 0 tokens is padding and gets zeros.
-    num_splits: into how many splits the tokens of every sequence are cut, even where it has fewer
-        tokens than that; None takes so many that the device has enough programs, by the shapes
-        alone.
-    Each sequence, key/value head and split has a program of its own, which reads each key and value
-    of its tokens once, however many query heads share them. Scores, weights and sums are float32,
-    also between the kernels; only weights may be rounded to q's dtype. Slots in which the sequences
-    have no token are not read. The host does not wait for the device.
+    q: (num_seqs, num_heads, head_dim), any strides; at least one sequence.
+    keys, values, block_tables: as in `paged_prefill`.
+    seq_lens: (num_seqs,) int64: how many tokens each sequence has, at most as many as the columns
+        of block_tables have room for. A sequence with 0 tokens is padding: it gets zeros, and
+        neither its q nor its table means anything.
+    num_splits: into how many splits the tokens of every sequence are cut: those that it has, not
+        those that its table has room for, even where it has fewer than that. None lets
+        `plan_splits` choose for one program a sequence and key/value head, and for what a table has
+        room for; a CPU counts as one processor.
+    Returns (num_seqs, num_heads, head_dim), q's dtype, computed as in `paged_prefill`; what stays
+    between two kernels is float32. Other slots and the arguments are treated as there.
+    One kernel is launched, or two: what the first one gives for each split may be merged by another
+    one or by `merge_splits`. Each sequence, key/value head and split has a program of its own. The
+    kernels read each key and value of a sequence's tokens once, where it lies, however many query
+    heads and splits there are. The host does not wait for the device: what is launched follows from
+    shapes and num_splits alone.
     Raises ValueError, which names both numbers, when num_heads does not divide by num_kv_heads, and
     when head_dim is above 128; and one that gives the value when num_splits is below 1.
     Source: Kwon et al. 2023, arXiv:2309.06180, section 4.3; Dao et al. 2023, "Flash-Decoding".
@@ -122,7 +145,7 @@ def paged_decode(
     _check_heads(num_heads, num_kv_heads, head_dim)
     if num_splits is None:
         capacity = block_tables.shape[1] * keys.shape[2]
-        num_splits = _plan_splits(num_seqs * num_kv_heads, capacity, q.device)
+        num_splits = plan_splits(num_seqs * num_kv_heads, capacity, _num_processors(q.device))
     if num_splits < 1:
         raise ValueError(f"num_splits must be at least 1, got {num_splits}")
     # What is merged stays in float32; with a single split there is nothing to merge.
@@ -151,12 +174,10 @@ def _check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}")
 
 
-def _plan_splits(num_programs: int, capacity: int, device: torch.device) -> int:
+def _num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1  # the interpreter runs one program after the other
-    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors, num_programs)
-    return max(1, min(wanted, capacity // MIN_SPLIT_TOKENS))
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _merge(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,12 +210,13 @@ def _store_kernel(
     PADDED_DIM: tl.constexpr,
 ):
     """Store one token."""
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0)
     slot = tl.load(slots + token)
     if slot < 0:
         return
+    # The heads of a pool may lie further apart than 32 bits can count.
     heads = tl.arange(0, PADDED_HEADS)[:, None].to(tl.int64)
-    dims = tl.arange(0, PADDED_DIM)[None, :].to(tl.int64)
+    dims = tl.arange(0, PADDED_DIM)[None, :]
     is_inside = (heads < NUM_KV_HEADS) & (dims < HEAD_DIM)
     block, place = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     k += heads * k_strides[0] + token * k_strides[1] + dims * k_strides[2]
@@ -203,8 +225,8 @@ def _store_kernel(
     keys += place * key_strides[2] + dims * key_strides[3]
     values += block * value_strides[0] + heads * value_strides[1]
     values += place * value_strides[2] + dims * value_strides[3]
-    tl.store(keys, tl.load(k, mask=is_inside, other=0.0), mask=is_inside)
-    tl.store(values, tl.load(v, mask=is_inside, other=0.0), mask=is_inside)
+    tl.store(keys, tl.load(k, mask=is_inside), mask=is_inside)
+    tl.store(values, tl.load(v, mask=is_inside), mask=is_inside)
 
 
 @triton.jit
@@ -230,7 +252,9 @@ def _prefill_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Compute one block of queries of one head of one sequence."""
-    sequence, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    sequence, head = tl.program_id(2), tl.program_id(1)
+    # The heads of a pool may lie further apart than 32 bits can count.
+    kv_head = (head // group_size).to(tl.int64)
     # No single sequence has more tokens than 32 bits can count, and they leave registers free.
     q_start = tl.load(cu_seqlens_q + sequence)
     num_queries = (tl.load(cu_seqlens_q + sequence + 1) - q_start).to(tl.int32)
@@ -247,8 +271,8 @@ def _prefill_kernel(
     tokens = q_start + first_query + rows
     q += head * q_strides[0] + tokens[:, None] * q_strides[1] + dims[None, :] * q_strides[2]
     queries = tl.load(q, mask=is_query, other=0.0)
-    keys += (head // group_size) * key_strides[1] + dims[None, :] * key_strides[3]
-    values += (head // group_size) * value_strides[1] + dims[None, :] * value_strides[3]
+    keys += kv_head * key_strides[1] + dims[None, :] * key_strides[3]
+    values += kv_head * value_strides[1] + dims[None, :] * value_strides[3]
     block_tables += sequence * table_strides[0]
 
     # The block's first query is this token of its sequence, and looks at no key behind it.
@@ -295,7 +319,8 @@ def _decode_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Let the query heads of one key/value head look at one split of their sequence."""
-    sequence, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    # The heads of a pool may lie further apart than 32 bits can count.
+    sequence, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     split, num_splits = tl.program_id(2), tl.num_programs(2)
     members, columns = tl.arange(0, PADDED_GROUP), tl.arange(0, BLOCK_K)
     dims = tl.arange(0, PADDED_DIM)
@@ -352,8 +377,8 @@ def _load_tokens(
     blocks = tl.load(
         block_tables + positions // BLOCK_SIZE * table_strides[1], mask=is_key, other=0
     )
-    # A pool may hold more than 2**31 numbers, so that places in it are counted in 64 bits.
-    blocks, places = blocks.to(tl.int64)[:, None], (positions % BLOCK_SIZE)[:, None]
+    # The ids have 64 bits, and need them: a pool may hold more than 2**31 numbers.
+    blocks, places = blocks[:, None], (positions % BLOCK_SIZE)[:, None]
     is_inside = is_key[:, None] & is_dim
     k = tl.load(keys + blocks * key_strides[0] + places * key_strides[2], mask=is_inside, other=0.0)
     v = tl.load(
@@ -387,7 +412,7 @@ def _merge_kernel(
     BLOCK_SPLITS: tl.constexpr,
 ):
     """Merge what one query gathered from every split; lses count in powers of 2."""
-    query = tl.program_id(0).to(tl.int64)
+    query = tl.program_id(0)
     dims = tl.arange(0, PADDED_DIM)
     # Finite, since −inf − (−inf) would be NaN where no split has tokens.
     peak, total = tl.full([], _LOWEST, tl.float32), 0.0

@@ -133,6 +133,12 @@ def test_what_a_kernel_may_do(kernels):
     assert kernels.run(kernels._same_value_twice).tolist() == [2.0] * 4 + [0.0] * 6
 
 
+def test_a_kernel_may_store_nothing(kernels):
+    x, out = torch.ones(4), torch.zeros(4)
+    kernels._add_without_mask[(1,)](x, x, out, 0, BLOCK=4)
+    assert out.tolist() == [0.0] * 4
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
