@@ -21,12 +21,18 @@ YOURS, REFERENCE, OFF, NO_GPU, REPLACED = "yours", "reference", "off", "no GPU",
 ALWAYS_ON = "week1"
 QUANTIZATION = "week2/quantization"
 # On a CPU nothing but Triton's interpreter could run them.
-GPU_PARTS = ("week2/fused_kernels", "week2/flash_attention", "week2/flash_decoding")
+GPU_PARTS = (
+    "week2/fused_kernels",
+    "week2/flash_attention",
+    "week2/flash_decoding",
+    "week3/paged_kernels",
+)
 PAGED_PARTS = (
     "week3/block_manager",
     "week3/prefix_caching",
     "week3/scheduler",
     "week3/paged_attention",
+    "week3/paged_kernels",
     "week3/model_runner",
     "week3/engine",
 )
