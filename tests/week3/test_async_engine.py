@@ -282,7 +282,11 @@ class Served:
         self.hook, threading.excepthook = threading.excepthook, self.note_error
         self.callers = [Caller(f"loop {i}") for i in range(self.num_loops)]
         self.engine.others |= {caller.thread.ident for caller in self.callers}
-        self.asynchronous.start()
+        try:
+            self.asynchronous.start()
+        except BaseException:
+            self.clean_up()
+            raise
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -537,14 +541,14 @@ class Served:
     def check_free(self, names: Sequence[str]) -> None:
         """Submit ids once more, when their places have to be free soon."""
         for name in names:
-            deadline = Patience.num_waits
+            num_waits = 0
             while True:
                 try:
                     self.submit(name, 1)
                     break
                 except ValueError:
-                    deadline -= 1
-                    if deadline < 0:
+                    num_waits += 1
+                    if num_waits > 5 * Patience.num_waits:
                         self.late(f"the id {name!r} is still taken")
                     with self.changed:
                         self.changed.wait(WAIT / 5)
