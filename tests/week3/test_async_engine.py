@@ -1317,8 +1317,12 @@ def test_close_when_nobody_is_there(before, drain_seconds):
 def test_close_twice():
     with Served() as served:
         served.submit("a", 3)
+        served.begun(0)
+        closer = served.start_closing(60.0)
+        served.until(served.is_closing, "new requests are taken after close was called")
         served.engine.allow(math.inf)
-        for drain_seconds in (60.0, 0.0, 60.0):
+        served.closed(closer)
+        for drain_seconds in (0.0, 60.0):
             served.closed(served.start_closing(drain_seconds))
         served.expect("a", words("a", 3))
 
