@@ -26,6 +26,8 @@ from course import files, layers, stubs
 from course.labs import ROOT, Lab
 
 SECONDS_PER_MUTANT = 180
+# Tests that come first because they caught a similar mutant.
+MAX_FIRST = 8
 # A learner reads a few failures; the diagnosis is measured on as many.
 NUM_DIAGNOSED_FAILURES = 10
 DIAGNOSED_SHARE = 0.9
@@ -495,12 +497,16 @@ def _run_all(lab: Lab, mutants: list[Mutant], diagnosed: bool = False) -> dict[M
     gc.freeze()
     waiting, running = list(reversed(mutants)), {}
     verdicts: dict[Mutant, Verdict] = {}
+    # By what was changed, the tests that caught another change of it, the latest first.
+    caught: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 mutant = waiting.pop()
                 target = Path(folder) / str(len(waiting))
-                running[_start(mutant, target, diagnosed)] = mutant, target, time.perf_counter()
+                first = caught.get(_changed(mutant), [])[:MAX_FIRST]
+                pid = _start(mutant, target, diagnosed, first)
+                running[pid] = mutant, target, time.perf_counter()
             for pid in list(running):
                 mutant, target, start = running[pid]
                 seconds = time.perf_counter() - start
@@ -508,9 +514,18 @@ def _run_all(lab: Lab, mutants: list[Mutant], diagnosed: bool = False) -> dict[M
                 if verdict is not None:
                     verdicts[mutant] = verdict
                     del running[pid]
+                    tests = caught.setdefault(_changed(mutant), [])
+                    if verdict.killed_by in tests:
+                        tests.remove(verdict.killed_by)
+                    tests.insert(0, verdict.killed_by)
             time.sleep(0.01)
     gc.unfreeze()
     return {mutant: verdicts[mutant] for mutant in mutants}
+
+
+def _changed(mutant: Mutant) -> str:
+    """Name what a generated mutant changes; of the others, each is about something of its own."""
+    return mutant.id.partition(":")[0] if mutant.kind == "generated" else mutant.id
 
 
 def _import_what_the_suite_imports(lab: Lab) -> None:
@@ -522,7 +537,7 @@ def _import_what_the_suite_imports(lab: Lab) -> None:
         importlib.import_module(name)
 
 
-def _start(mutant: Mutant, target: Path, diagnosed: bool) -> int:
+def _start(mutant: Mutant, target: Path, diagnosed: bool, first: Sequence[str]) -> int:
     target.mkdir()
     file = target / f"{mutant.lab.stem}.py"
     file.write_text(mutant.source, encoding="utf-8")
@@ -539,12 +554,12 @@ def _start(mutant: Mutant, target: Path, diagnosed: bool) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(ROOT)
-        os._exit(_grade(mutant, file, target / "grades.json", diagnosed))
+        os._exit(_grade(mutant, file, target / "grades.json", diagnosed, first))
     finally:
         os._exit(99)
 
 
-def _grade(mutant: Mutant, file: Path, target: Path, diagnosed: bool) -> int:
+def _grade(mutant: Mutant, file: Path, target: Path, diagnosed: bool, first: Sequence[str]) -> int:
     import pytest
 
     depth = [f"--maxfail={NUM_DIAGNOSED_FAILURES}"] if diagnosed else ["-x", "--no-diagnosis"]
@@ -557,6 +572,7 @@ def _grade(mutant: Mutant, file: Path, target: Path, diagnosed: bool) -> int:
             *("-p", "no:unraisableexception", "-p", "no:threadexception"),
             *("--candidate", f"{mutant.lab.name}={file}"),
             *("--grade-json", str(target)),
+            *(f"--grade-first={name}" for name in first),
         ]
     )
 

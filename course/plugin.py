@@ -64,6 +64,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="do not compare wrong results with what known misconceptions give",
     )
     group.addoption("--grade-json", metavar="FILE", help="write the result of every lab to FILE")
+    group.addoption(
+        "--grade-first",
+        action="append",
+        default=[],
+        metavar="TEST",
+        help="run the tests of this name before the others",
+    )
     group.addoption("--no-log", action="store_true", help="leave this run out of progress/log/")
 
 
@@ -144,6 +151,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    first = {name: rank for rank, name in enumerate(config.getoption("--grade-first"))}
+    items.sort(key=lambda item: first.get(item.name, len(first)))
     referenced = config.stash[_referenced]
     hard_limit = config.getoption("--seconds-per-test") * HARD_LIMIT_FACTOR
     for item in items:
