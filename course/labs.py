@@ -26,6 +26,9 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "paged_attention",
         "model_runner",
         "engine",
+        "async_engine",
+        "protocol",
+        "server",
     ),
 }
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.
