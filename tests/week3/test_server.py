@@ -2554,10 +2554,15 @@ def small_model() -> Any:
     return made
 
 
-def serving(scene: Callable[[Any, Any], Awaitable[Any]]) -> None:
-    """Play a scene with OpenAI's client and a real engine, whose blocks are all free at the end."""
+def serving(
+    scene: Callable[[Any, Any], Awaitable[Any]], on_step: Callable[[dict], Any] | None = None
+) -> None:
+    """Play a scene with OpenAI's client and a real engine, whose blocks are all free at the end.
+
+    on_step: as in `Engine`, which waits for it.
+    """
     limits = engine_lab.EngineLimits(24, CONTEXT, max_num_seqs=4, token_budget=16, block_size=4)
-    engine = engine_lab.Engine(small_model(), Letters(), (), limits)
+    engine = engine_lab.Engine(small_model(), Letters(), (), limits, on_step=on_step)
 
     async def opened() -> None:
         app = server.create_app(threaded.AsyncEngine(engine), Letters(), server.ServerParams(NAME))
@@ -2625,14 +2630,19 @@ def test_a_real_engine_refuses_one_request_alone():
 
 
 def test_a_real_engine_ends_what_nobody_waits_for():
+    may_go_on = threading.Event()
+
     async def scene(_: Any, app: Any) -> None:
         of = History("a real engine")
         for stream in (True, False):
-            # A stop string keeps all text back, so that nothing is sent.
+            may_go_on.clear()
             body = body_of("completions", "so it is.", max_tokens=50, stream=stream, n=4)
             visit = Visit(app, PATHS["completions"], json.dumps(body).encode(), of=of).begin()
+            if stream:
+                await visit.until(lambda visit=visit: visit.messages, "a status")
             await settle()
             visit.leave()
+            may_go_on.set()
             await visit.end()
         visit = await Visit(app, "/metrics", method="GET", of=of).begin().end()
         lines = visit.body.decode().splitlines()
@@ -2640,4 +2650,4 @@ def test_a_real_engine_ends_what_nobody_waits_for():
         got = [line.rsplit(" ", 1)[1] for line in aborted if "_total" in line]
         check_equal(got, ["8.0"], "aborted requests that were counted", of=of)
 
-    serving(scene)
+    serving(scene, lambda _: may_go_on.wait(SECONDS))
