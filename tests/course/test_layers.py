@@ -30,6 +30,7 @@ NUM_TESTS = {
     "week3/paged_attention": 358,
     "week3/model_runner": 201,
     "week3/engine": 280,
+    "week3/server": 441,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,
