@@ -32,7 +32,7 @@ engine_lab = lab("week3/engine")
 runner = lab("week3/model_runner")
 qwen = lab("week1/qwen")
 
-NAME, KEY, CONTEXT = "tiny", "the key of this test", 64
+NAME, KEY, CONTEXT = "tiny", "the-key-of-this-test", 64
 # How long something may take that nothing in a test holds up.
 SECONDS = 4.0
 SECRET = "/srv/secret/path, line 17"
