@@ -256,9 +256,10 @@ def error_response(error: Exception) -> JSONResponse:
 class Guard:
     """Stands before an ASGI application: no request without the key, none with too long a body.
 
-    app: it does not see what is refused, and receives all of any other request. api_key: as in
-        `ServerParams`; it comes in the header Authorization, as UTF-8 after "Bearer", a word whose
-        case does not matter, and a space. max_body_bytes: of a body, in one piece or many.
+    app: it does not see what is refused, and of any other request it receives all, the client's
+        leaving too. api_key: as in `ServerParams`; it comes in the header Authorization, as UTF-8
+        after "Bearer", a word whose case does not matter, and a space. max_body_bytes: of a body,
+        in one piece or many.
     Without the key, 401, with the header WWW-Authenticate: Bearer, before anything is received of
     the body. OPEN_PATHS need none. How long it takes tells nothing of how much of a key is right.
     413 as soon as more than max_body_bytes are there, whatever Content-Length says.
@@ -363,9 +364,9 @@ def submit_all(
     request_id: what the ids of all choices begin with; they differ.
     Returns their handles, those of the first prompt first. The params are those of `params_of`;
     with a seed, the choices of a prompt have seed, seed + 1, seed + 2, … modulo 2**63.
-    Raises RequestError 400, which names "n", for more than MAX_CHOICES in all; one with the text of
-    a ValueError of the engine; and what `params_of` and the engine raise otherwise. Then no choice
-    is left in the engine.
+    Raises RequestError 400, which names "n", for more than MAX_CHOICES in all, before anything is
+    submitted; one with the text of a ValueError of the engine; and what `params_of` and the engine
+    raise otherwise. Then no choice is left in the engine.
     """
     num_choices = body.n or 1
     if len(prompts) * num_choices > MAX_CHOICES:
