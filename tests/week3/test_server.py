@@ -1276,11 +1276,13 @@ class Scene:
         self.of = History(f"{num_handles} choices of {len(prompts)} prompts")
         self.handles = [Handle(self.of, f"choice {i}") for i in range(num_handles)]
         self.metrics, self.line = Recorder(), Line(self.of)
-        self.head = {"id": "answer-1", "created": 5, "model": NAME}
+        # What stands in every object of the answer.
+        self.common = {"id": "answer-1", "created": 5, "model": NAME}
+        lengths, n = tuple(map(len, prompts)), num_handles // len(prompts)
         self.submission = server.Submission(
-            kind=kind or server.COMPLETION,
-            head=dict(self.head),
-            prompts=prompts,
+            head=protocol.AnswerHead(
+                kind or protocol.COMPLETION, **self.common, prompt_lengths=lengths, n=n
+            ),
             handles=self.handles,
             decode=Tokenizer().decode,
             metrics=self.metrics,
@@ -1467,7 +1469,55 @@ KINDS = ("completions", "chat")
 
 
 def kind_of(name: str) -> Any:
-    return server.CHAT if name == "chat" else server.COMPLETION
+    return protocol.CHAT if name == "chat" else protocol.COMPLETION
+
+
+def opening_of(kind: str) -> dict[str, Any] | None:
+    """What the first chunk of a choice says, beside its index; None where there is none."""
+    said = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+    return said if kind == "chat" else None
+
+
+def part_of(kind: str, text: str, logprobs: Any) -> dict[str, Any]:
+    """What the chunk of a delta says."""
+    said = {"delta": {"content": text}} if kind == "chat" else {"text": text}
+    return {**said, "logprobs": logprobs}
+
+
+def end_of(kind: str) -> dict[str, Any]:
+    """What the chunk says that has a finish_reason."""
+    said = {"delta": {}} if kind == "chat" else {"text": ""}
+    return {**said, "logprobs": None}
+
+
+def whole_of_choice(kind: str, text: str, logprobs: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    said = {"message": message} if kind == "chat" else {"text": text}
+    return {**said, "logprobs": logprobs}
+
+
+def logprobs_of(kind: str, choices: Sequence[Any], offset: int) -> dict[str, Any] | None:
+    """What a client reads of choices whose tokens are characters. offset: tokens before them."""
+    if not choices or choices[0].logprob is None:
+        return None
+    if kind != "chat":
+        own = [{chr(one.token_id): one.logprob} for one in choices]
+        tops = [{chr(i): logprob for i, logprob in one.top} for one in choices]
+        return {
+            "tokens": [chr(one.token_id) for one in choices],
+            "token_logprobs": [one.logprob for one in choices],
+            "top_logprobs": [{**top, **one} for top, one in zip(tops, own, strict=True)],
+            "text_offset": list(range(offset, offset + len(choices))),
+        }
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text = chr(token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    found = [
+        (entry(one.token_id, one.logprob), [entry(*pair) for pair in one.top]) for one in choices
+    ]
+    return {"content": [{**own, "top_logprobs": tops} for own, tops in found]}
 
 
 def usage(num_prompt: int, num_generated: int, num_cached: int = 0) -> dict[str, Any]:
@@ -1483,24 +1533,24 @@ class Streamed:
     """A stream beside what it should say, event by event."""
 
     def __init__(self, kind: str, num_handles: int, with_usage: bool = False, **options: Any):
-        self.kind, self.with_usage = kind_of(kind), with_usage
-        self.it = Scene(num_handles, self.kind, **options)
+        self.kind, self.with_usage = kind, with_usage
+        self.it = Scene(num_handles, kind_of(kind), **options)
         self.of = self.it.of
-        self.lengths = [0] * num_handles
+        self.num_tokens = [0] * num_handles
 
     def chunk(self, index: int, fields: dict[str, Any], reason: str | None = None) -> dict:
         choices = [{"index": index, **fields, "finish_reason": reason}]
         return self.object(choices, None)
 
     def object(self, choices: list, told: Any) -> dict:
-        head = {**self.it.head, "object": self.kind.chunk_name, "choices": choices}
-        return head | {"usage": told} if self.with_usage else head
+        name = kind_of(self.kind).chunk_name
+        made = {**self.it.common, "object": name, "choices": choices}
+        return made | {"usage": told} if self.with_usage else made
 
     async def begin(self) -> "Streamed":
         self.listener = await self.it.listen(server.stream, self.with_usage)
-        openings = []
-        if self.kind.opening is not None:
-            openings = [self.chunk(i, self.kind.opening) for i in range(len(self.lengths))]
+        fields, places = opening_of(self.kind), range(len(self.num_tokens))
+        openings = [self.chunk(place, fields) for place in places if fields is not None]
         got = await self.events()
         got.sort(key=lambda one: one["choices"][0]["index"])
         check_same(got, openings, "events before any delta", self.of)
@@ -1514,12 +1564,11 @@ class Streamed:
         delta = self.it.handles[index].say(text, reason, **options)
         expected = []
         if delta.text or delta.choices:
-            decode, offset = self.it.submission.decode, self.lengths[index]
-            logprobs = self.kind.logprobs(delta.choices, decode, offset)
-            expected.append(self.chunk(index, self.kind.part(text, logprobs)))
-            self.lengths[index] += len(text)
+            logprobs = logprobs_of(self.kind, delta.choices, self.num_tokens[index])
+            expected.append(self.chunk(index, part_of(self.kind, text, logprobs)))
+            self.num_tokens[index] += len(delta.choices)
         if reason is not None:
-            expected.append(self.chunk(index, self.kind.closing, reason))
+            expected.append(self.chunk(index, end_of(self.kind), reason))
         got = await self.events()
         if not self.is_over():
             check_same(got, expected, f"events for a delta of choice {index}", self.of)
@@ -1733,20 +1782,19 @@ def test_whole(case, kind, logprob):
 
     got = run(scene())
     choices = got.get("choices") if isinstance(got, dict) else got
-    check_same(choices, expected_choices(it, own), "choices", it.of)
+    check_same(choices, expected_choices(kind, own), "choices", it.of)
     num_generated = sum(count for *_, count in script)
     check_same(got.get("usage"), usage(3, num_generated, 2), "usage", it.of)
     rest = {name: value for name, value in got.items() if name not in ("choices", "usage")}
-    check_same(rest, it.head | {"object": kind_of(kind).name}, "the other fields", it.of)
+    check_same(rest, it.common | {"object": kind_of(kind).name}, "the other fields", it.of)
 
 
-def expected_choices(it: Scene, own: list[list[Any]]) -> list[dict[str, Any]]:
-    kind, decode = it.submission.kind, it.submission.decode
+def expected_choices(kind: str, own: list[list[Any]]) -> list[dict[str, Any]]:
     made = []
     for index, deltas in enumerate(own):
         text = "".join(delta.text for delta in deltas)
         choices = [choice for delta in deltas for choice in delta.choices]
-        fields = kind.whole(text, kind.logprobs(choices, decode, 0))
+        fields = whole_of_choice(kind, text, logprobs_of(kind, choices, 0))
         made.append({"index": index, **fields, "finish_reason": deltas[-1].finish_reason})
     return made
 
@@ -1876,11 +1924,10 @@ class Answered:
 def test_answer_is_whole(kind, stream):
     it = Answered()
     got = run(it.get(kind, request_of(kind, n=2, stream=stream)))
-    made = kind_of(kind)
     is_one = isinstance(got, dict)
     check_true(is_one, f"answer with stream {stream} returns {type(got).__name__}", of=it.of)
-    check_equal(got.get("object"), made.name, "object", of=it.of)
-    fields = made.whole("xyz", None)
+    check_equal(got.get("object"), kind_of(kind).name, "object", of=it.of)
+    fields = whole_of_choice(kind, "xyz", None)
     choices = [{"index": i, **fields, "finish_reason": "stop"} for i in range(2)]
     check_equal(got.get("choices"), choices, "choices", of=it.of)
 
@@ -1950,6 +1997,35 @@ def test_answer_keeps_prompts_in_their_order():
     texts = [(choice["index"], choice["text"]) for choice in got["choices"]]
     expected = [(2 * i + j, prompts[i]) for i in range(6) for j in range(2)]
     check_equal(texts, expected, "(index, text) of the choices", of=it.of)
+
+
+# What is asked for, and what stands beside it; every choice says three tokens. The usage.
+BILLS = {
+    "a completion": ("completions", "ab", {}, usage(3, 3)),
+    "ids": ("completions", [5, 6, 7, 8], {"n": 1}, usage(4, 3)),
+    "several choices": ("completions", "ab", {"n": 3}, usage(3, 9)),
+    "several prompts": ("completions", ["a", "bcd", ""], {}, usage(7, 9)),
+    "several choices of several prompts": ("completions", ["a", "bcd"], {"n": 2}, usage(6, 12)),
+    "a chat": ("chat", "ab", {}, usage(len("<user>ab<assistant>"), 3)),
+    "several choices of a chat": ("chat", "ab", {"n": 2}, usage(len("<user>ab<assistant>"), 6)),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("case", BILLS)
+def test_answer_tells_the_usage(case, stream):
+    kind, content, more, expected = BILLS[case]
+    it = Answered()
+    if stream:
+        more = {**more, "stream": True, "stream_options": {"include_usage": True}}
+
+    async def scene() -> Any:
+        got = await it.get(kind, request_of(kind, content, **more))
+        if stream:
+            *_, got, _ = await it.read(got)
+        return got["usage"]
+
+    check_same(run(scene()), expected, f"usage of {case}", it.of)
 
 
 @pytest.mark.parametrize("stream", [False, True])
