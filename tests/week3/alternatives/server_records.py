@@ -1,7 +1,8 @@
-"""Week3/server another way: one task that waits for whatever is next, and answers kept as records.
+"""Week3/server another way: one task that waits for whatever is next, and answers kept as rows.
 
-The guard is a chain of receivers in front of the application, refusals are a table, a watcher is an
-object with a closing method, and choices are rows that both kinds of answer are written from.
+The guard compares hashes and joins a body before it hands it on, all params are made before
+anything is submitted, a stream is written list by list, and a whole answer has a row for each
+choice.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -33,23 +34,24 @@ from starlette.exceptions import HTTPException
 
 from week3.async_engine import AsyncEngine, EngineBusy, EngineClosed, EngineFailed, RequestHandle
 from week3.engine import Delta
-from week3.model_runner import Choice
 from week3.protocol import (
     CHAT,
     COMPLETION,
     MAX_BODY_BYTES,
     MAX_CHOICES,
+    AnswerHead,
     AnswerKind,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     RequestError,
+    StreamWriter,
     TokenizeRequest,
     error_body,
     event,
     params_of,
     plain_message,
-    usage_of,
+    whole_answer,
 )
 
 __all__ = [
@@ -185,15 +187,12 @@ class Service:
 class Submission:
     """One HTTP request whose choices the engine has.
 
-    kind: of its answer. head: id, created and model, which stand in every object of the answer.
-    prompts: their ids. handles: of the choices, those of the first prompt first; each prompt has as
-    many. decode: turns ids into text. arrived: when the request came, by metrics.now(). receive:
-    ASGI's; nothing but the client's leaving, {"type": "http.disconnect"}, is still to come.
+    head: of the answer. handles: of the choices, head.num_choices, in the order that head tells.
+    decode: turns ids into text. arrived: when the request came, by metrics.now(). receive: ASGI's;
+    nothing but the client's leaving, {"type": "http.disconnect"}, is still to come.
     """
 
-    kind: AnswerKind
-    head: dict[str, Any]
-    prompts: Sequence[Sequence[int]]
+    head: AnswerHead
     handles: Sequence[RequestHandle]
     decode: Callable[[list[int]], str]
     metrics: Metrics
@@ -414,84 +413,38 @@ async def _left(receive: Receive) -> None:
             return
 
 
-@dataclass
-class _Row:
-    """What a choice has said so far."""
-
-    index: int
-    text: str = ""
-    choices: list[Choice] = field(default_factory=list)
-    finish_reason: str | None = None
-    num_cached: int = 0
-
-    def take(self, delta: Delta) -> None:
-        self.text += delta.text
-        self.choices.extend(delta.choices)
-        self.finish_reason, self.num_cached = delta.finish_reason, delta.num_cached_tokens
-
-
-def _usage(submission: Submission, rows: Sequence[_Row]) -> dict[str, Any]:
-    step = len(rows) // len(submission.prompts)
-    num_prompt = sum(len(prompt) for prompt in submission.prompts)
-    num_cached = sum(row.num_cached for row in rows if row.index % step == 0)
-    return usage_of(num_prompt, sum(len(row.choices) for row in rows), num_cached)
-
-
-async def stream(submission: Submission, with_usage: bool) -> AsyncIterator[str]:
-    kind = submission.kind
-    rows = [_Row(index) for index in range(len(submission.handles))]
-
-    def write(choices: list[dict], usage: Any = None) -> str:
-        content = dict(submission.head, object=kind.chunk_name, choices=choices)
-        if with_usage:
-            content["usage"] = usage
-        return event(content)
-
-    def chunks(row: _Row, delta: Delta) -> Iterable[str]:
-        offset = len(row.text)
-        row.take(delta)
-        if delta.text or delta.choices:
-            logprobs = kind.logprobs(delta.choices, submission.decode, offset)
-            fields = kind.part(delta.text, logprobs)
-            yield write([dict(fields, index=row.index, finish_reason=None)])
-        if delta.finish_reason:
-            yield write([dict(kind.closing, index=row.index, finish_reason=delta.finish_reason)])
-
+async def _lists(submission: Submission, writer: StreamWriter) -> AsyncIterator[list[str]]:
+    yield writer.opening()
+    every = merged(submission)
     try:
-        for row in rows if kind.opening else []:
-            yield write([dict(kind.opening, index=row.index, finish_reason=None)])
-        every = merged(submission)
-        try:
-            async for index, delta in every:
-                for text in chunks(rows[index], delta):
-                    yield text
-        finally:
-            await every.aclose()
+        async for index, delta in every:
+            yield writer.add(index, delta)
+    finally:
+        await every.aclose()
+    yield writer.closing()
+
+
+async def stream(submission: Submission, include_usage: bool) -> AsyncIterator[str]:
+    writer = StreamWriter(submission.head, submission.decode, include_usage=include_usage)
+    lists = _lists(submission, writer)
+    try:
+        async for texts in lists:
+            for text in texts:
+                yield text
     except Exception as error:
         told = refusal_of(error)
         yield event(error_body(told.status, str(told), told.param))
-        return
-    if with_usage:
-        yield write([], _usage(submission, rows))
-    yield "data: [DONE]\n\n"
+    finally:
+        await lists.aclose()
 
 
 async def whole(submission: Submission) -> dict[str, Any]:
-    kind = submission.kind
-    rows = [_Row(index) for index in range(len(submission.handles))]
+    rows: list[list[Delta]] = [[] for _ in submission.handles]
     async with contextlib.aclosing(merged(submission)) as every:
         async for index, delta in every:
-            rows[index].take(delta)
-    content = dict(submission.head, object=kind.name, usage=_usage(submission, rows))
-    content["choices"] = [
-        dict(
-            kind.whole(row.text, kind.logprobs(row.choices, submission.decode, 0)),
-            index=row.index,
-            finish_reason=row.finish_reason,
-        )
-        for row in rows
-    ]
-    return content
+            rows[index].append(delta)
+    pairs = ((index, delta) for index, row in enumerate(rows) for delta in row)
+    return whole_answer(submission.head, pairs, submission.decode)
 
 
 async def answer(
@@ -510,8 +463,14 @@ async def answer(
     name = kind.id_prefix + uuid.uuid4().hex[:24]
     submission = Submission(
         kind=kind,
-        head={"id": name, "created": created, "model": service.model_name},
-        prompts=prompts,
+        head=AnswerHead(
+            kind,
+            name,
+            created,
+            service.model_name,
+            prompt_lengths=tuple(len(prompt) for prompt in prompts),
+            n=1 if body.n is None else body.n,
+        ),
         handles=submit_all(service.engine, name, body, prompts),
         decode=tokenizer.decode,
         metrics=service.metrics,
