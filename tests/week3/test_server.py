@@ -12,7 +12,7 @@ import random
 import textwrap
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -736,8 +736,14 @@ def test_guard_refuses_a_body_that_is_too_long(case, length):
     check_equal(inside.scopes, [], "what app saw", of=visit.of)
 
 
+def endless() -> Iterator[bytes]:
+    """A body that does not end, for whoever stops to receive it."""
+    yield from itertools.repeat(b"0123456789", 5000)
+    raise GradedFailure("max_body_bytes is 100, and 50,000 bytes were received without a refusal")
+
+
 def test_guard_stops_an_endless_body():
-    inside, visit = guarded(None, 100, body=itertools.repeat(b"0123456789"))
+    inside, visit = guarded(None, 100, body=endless())
     visit.check_refused(413, None, "100")
     check_equal(visit.num_received, 11, "pieces of 10 bytes that were received", of=visit.of)
     check_equal(inside.scopes, [], "what app saw", of=visit.of)
