@@ -2019,7 +2019,7 @@ BILLS = {
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("case", BILLS)
-def test_answer_tells_the_usage(case, stream):
+def test_answer_tells_what_it_costs(case, stream):
     kind, content, more, expected = BILLS[case]
     it = Answered()
     if stream:
