@@ -462,7 +462,6 @@ async def answer(
         prompts = await encode_prompts(body, tokenizer)
     name = kind.id_prefix + uuid.uuid4().hex[:24]
     submission = Submission(
-        kind=kind,
         head=AnswerHead(
             kind,
             name,
