@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ from course.labs import Lab, all_labs, find_labs
 SECONDS_PER_TEST = 20.0
 # The backstop for loops that the first limit cannot reach, such as one inside a library.
 HARD_LIMIT_FACTOR = 5
-# How many seconds may pass for one of computing.
+# In a replay, how many seconds may pass for one of computing; and how many may be waited in a run.
 PATIENCE = 4
+SECONDS_OF_WAITING = 30.0
 _ALARMS = [getattr(signal, name) for name in ("SIGALRM", "SIGPROF") if hasattr(signal, "setitimer")]
 MAX_PRINTED = 200_000
 MAX_SHOWN_FAILURES = 3
@@ -331,13 +333,29 @@ def _beliefs(item: pytest.Item, error: BaseException, lab: Lab, seconds: float) 
 
 def _diagnosis(config: pytest.Config) -> diagnosis.Diagnosis:
     if _current not in config.stash:
-        config.stash[_current] = diagnosis.Diagnosis(_computing_limit)
+        config.stash[_current] = diagnosis.Diagnosis(_Patience().limit)
     return config.stash[_current]
 
 
-def _computing_limit(seconds: float) -> _TimeLimit:
-    # On a busy machine computing takes longer, and a wrong solution may wait for ever.
-    return _TimeLimit(PATIENCE * seconds, seconds)
+class _Patience:
+    """Limits replays by what they compute, since on a busy machine everything takes longer.
+
+    A wrong solution may wait for ever without computing: that is limited over a whole run.
+    """
+
+    def __init__(self):
+        self._left = SECONDS_OF_WAITING
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        """Stop the block after so many seconds of computing, or when patience has run out."""
+        start, computed = time.perf_counter(), time.process_time()
+        try:
+            with _TimeLimit(max(0.01, min(PATIENCE * seconds, self._left)), seconds):
+                yield
+        finally:
+            waited = time.perf_counter() - start - (time.process_time() - computed)
+            self._left -= max(0.0, waited)
 
 
 _current: pytest.StashKey[diagnosis.Diagnosis] = pytest.StashKey()

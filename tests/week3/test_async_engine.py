@@ -282,7 +282,11 @@ class Served:
         self.hook, threading.excepthook = threading.excepthook, self.note_error
         self.callers = [Caller(f"loop {i}") for i in range(self.num_loops)]
         self.engine.others |= {caller.thread.ident for caller in self.callers}
-        self.asynchronous.start()
+        try:
+            self.asynchronous.start()
+        except BaseException:
+            self.clean_up()
+            raise
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -537,17 +541,26 @@ class Served:
     def check_free(self, names: Sequence[str]) -> None:
         """Submit ids once more, when their places have to be free soon."""
         for name in names:
-            deadline = Patience.num_waits
+            num_waits = 0
             while True:
                 try:
                     self.submit(name, 1)
                     break
                 except ValueError:
-                    deadline -= 1
-                    if deadline < 0:
+                    num_waits += 1
+                    if num_waits > 5 * Patience.num_waits:
                         self.late(f"the id {name!r} is still taken")
                     with self.changed:
                         self.changed.wait(WAIT / 5)
+
+
+@contextlib.contextmanager
+def left_to_chance() -> Iterator[None]:
+    """Let all failures of the block count as the same: which one comes is a matter of luck."""
+    try:
+        yield
+    except GradedFailure as failure:
+        raise GradedFailure(str(failure), "a run that is left to chance") from None
 
 
 async def as_coroutine(function: Callable[[], Any]) -> Any:
@@ -1222,19 +1235,18 @@ def test_after_a_failure_iterating_has_ended():
 
 def test_who_was_aborted_hears_of_no_failure():
     with Served() as served:
-        served.submit("a", 6)
-        served.submit("b", 2)
+        served.submit("first", 1)
         served.begun(0)
-        served.step()
-        served.begun(1)
-        served.flush()
-        got = list(served.got["a"])
+        served.submit("a", 6)
+        served.submit("b", 6)
+        served.step(2)
+        served.settle()
         served.abort("a")
         served.engine.failures["step"] = ValueError("the model was told to fail")
         served.engine.allow(math.inf)
-        served.expect("b", [*served.got["b"][:1], "EngineFailed"])
+        served.expect("b", ["b1", "EngineFailed"])
         served.flush()
-        served.expect("a", [*got, "the end"])
+        served.expect("a", ["a1", "the end"])
         served.check_free(["a"])
         served.expect("a", words("a", 1))
 
@@ -1305,8 +1317,12 @@ def test_close_when_nobody_is_there(before, drain_seconds):
 def test_close_twice():
     with Served() as served:
         served.submit("a", 3)
+        served.begun(0)
+        closer = served.start_closing(60.0)
+        served.until(served.is_closing, "new requests are taken after close was called")
         served.engine.allow(math.inf)
-        for drain_seconds in (60.0, 0.0, 60.0):
+        served.closed(closer)
+        for drain_seconds in (0.0, 60.0):
             served.closed(served.start_closing(drain_seconds))
         served.expect("a", words("a", 3))
 
@@ -1431,7 +1447,7 @@ def test_abort_while_it_closes(drain_seconds):
 
 def test_close_lets_those_finish_that_come_with_it():
     for _ in range(20):
-        with Served(max_num_seqs=1) as served:
+        with left_to_chance(), Served(max_num_seqs=1) as served:
             served.engine.allow(math.inf)
             served.submit("a", 1)
             served.submit("b", 2)
@@ -1478,16 +1494,17 @@ def test_a_closed_event_loop_harms_nobody(order):
 
 def test_a_closed_event_loop_and_a_failed_step():
     with Served(2, max_num_seqs=4) as served:
+        served.submit("first", 1, loop=1)
+        served.begun(0)
         served.submit("a", 6, loop=0)
         served.submit("b", 6, loop=1)
-        served.begun(0)
         served.of.note("loop 0 is closed")
         served.callers[0].stop()
-        served.step()
-        served.begun(1)
+        served.step(2)
+        served.begun(2)
         served.engine.failures["step"] = ValueError("the model was told to fail")
         served.engine.allow(math.inf)
-        served.expect("b", [*served.got["b"][:1], "EngineFailed"])
+        served.expect("b", ["b1", "EngineFailed"])
         served.submit("c", 2, loop=1)
         served.expect("c", words("c", 2))
 
@@ -1572,7 +1589,8 @@ class Client:
 @pytest.mark.parametrize("seed", range(6))
 def test_hundreds_of_requests_end_once_each(seed):
     rng = random.Random(seed)
-    with Served(2, max_num_seqs=1 + 3 * seed, max_waiting=rng.choice([2, 40, 400])) as served:
+    max_waiting = rng.choice([2, 40, 400])
+    with left_to_chance(), Served(2, 1 + 3 * seed, max_waiting) as served:
         served.of.start = f"AsyncEngine, 300 requests from 2 event loops, seed {seed}"
         clients = [Client(f"r{i}.", rng) for i in range(300)]
         served.engine.allow(math.inf)
@@ -1600,7 +1618,7 @@ def run_clients(served: Served, clients: Sequence[Client], meanwhile=lambda: Non
 @pytest.mark.parametrize("seed", range(3))
 def test_hundreds_of_requests_and_steps_that_fail(seed):
     rng = random.Random(seed)
-    with Served(2, max_num_seqs=4, max_waiting=60) as served:
+    with left_to_chance(), Served(2, max_num_seqs=4, max_waiting=60) as served:
         served.of.start = f"AsyncEngine, 200 requests, every 20th step fails, seed {seed}"
         clients = [Client(f"r{i}.", rng) for i in range(200)]
         step = served.engine.deltas
@@ -1621,7 +1639,7 @@ def test_hundreds_of_requests_and_steps_that_fail(seed):
 @pytest.mark.parametrize("num_steps", [0, 5, 40])
 def test_hundreds_of_requests_when_it_closes(num_steps, drain_seconds):
     rng = random.Random(num_steps)
-    with Served(2, max_num_seqs=4, max_waiting=400) as served:
+    with left_to_chance(), Served(2, max_num_seqs=4, max_waiting=400) as served:
         served.of.start = (
             f"AsyncEngine, 200 requests, close({drain_seconds:g}) near step {num_steps}"
         )
@@ -1779,7 +1797,7 @@ def test_a_model_that_fails_fails_one_step():
 
 def test_an_engine_with_clients_that_leave():
     rng = random.Random(1)
-    with Served(2) as served:
+    with left_to_chance(), Served(2) as served:
         watched = real(served, tiny_model())
         ends = []
 
