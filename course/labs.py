@@ -29,6 +29,7 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "engine",
         "async_engine",
         "protocol",
+        "server",
     ),
 }
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.

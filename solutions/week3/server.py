@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +47,19 @@ from week3.protocol import (
     whole_answer,
 )
 
-__all__ = ["create_app"]
+__all__ = [
+    "refusal_of",
+    "error_response",
+    "Guard",
+    "encode_prompts",
+    "encode_chat",
+    "submit_all",
+    "watched",
+    "merged",
+    "stream",
+    "whole",
+    "answer",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +67,10 @@ RETRY_AFTER_SECONDS = 1
 VERSION = "0.1.0"
 # Paths that need no key: they tell nothing of anybody.
 OPEN_PATHS = ("/", "/health")
+
+# What ASGI hands to an application: its next message, and where to send one.
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -81,9 +97,8 @@ class Metrics:
         self._engine, self._labels = engine, {"model_name": model_name}
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        names = ("model_name",)
-        here = {"registry": self._registry}
-        self._finished = Counter(
+        names, here = ("model_name",), {"registry": self._registry}
+        self._ended = Counter(
             "vllm:request_success",
             "Requests by how they ended",
             (*names, "finished_reason"),
@@ -96,9 +111,28 @@ class Metrics:
         self._between = Histogram(
             "vllm:inter_token_latency_seconds", "Between two tokens of a request", names, **here
         )
-        self._whole = Histogram(
-            "vllm:e2e_request_latency_seconds", "From arrival to the last token", names, **here
+        self._lasted = Histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the end", names, **here
         )
+
+    def now(self) -> float:
+        """Read a clock, in seconds since some moment."""
+        return time.perf_counter()
+
+    def first_token(self, seconds: float) -> None:
+        """Count the first token of a request, which came so long after the request."""
+        self._generated.labels(**self._labels).inc()
+        self._first.labels(**self._labels).observe(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        """Count a token that came so long after the one before it."""
+        self._generated.labels(**self._labels).inc()
+        self._between.labels(**self._labels).observe(seconds)
+
+    def ended(self, reason: str, seconds: float) -> None:
+        """Count the end of a request, so long after it came."""
+        self._ended.labels(**self._labels, finished_reason=reason).inc()
+        self._lasted.labels(**self._labels).observe(seconds)
 
     def collect(self) -> Iterable[Any]:
         """Tell what the scheduler and the pool know, for prometheus_client."""
@@ -125,21 +159,378 @@ class Metrics:
         """Write everything in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    async def watch(self, handle: RequestHandle) -> AsyncIterator[Delta]:
-        """Pass a request's deltas on, and measure them."""
-        arrived = last = time.perf_counter()
-        num_tokens = 0
+
+@dataclass(frozen=True)
+class Service:
+    """What all requests share. engine: started. tokenizer: of transformers."""
+
+    engine: AsyncEngine
+    tokenizer: Any
+    model_name: str
+    metrics: Metrics
+
+    def check_model(self, name: str | None) -> None:
+        """Raise RequestError 404, unless name is that of the model, or None."""
+        if name not in (None, self.model_name):
+            text = f"there is no model {name!r}; there is {self.model_name!r}"
+            raise RequestError(404, text, "model")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One HTTP request whose choices the engine has.
+
+    head: of the answer. handles: of the choices, head.num_choices, in the order that head tells.
+    decode: turns ids into text. arrived: when the request came, by metrics.now(). receive: ASGI's;
+    nothing but the client's leaving, {"type": "http.disconnect"}, is still to come.
+    """
+
+    head: AnswerHead
+    handles: Sequence[RequestHandle]
+    decode: Callable[[list[int]], str]
+    metrics: Metrics
+    arrived: float
+    receive: Receive
+
+
+class EventStream(StreamingResponse):
+    """An answer of server-sent events.
+
+    events: a generator of their texts. handles: of whose requests it tells. However it ends, also
+    when the client goes before the first event, the handles are aborted and events is closed.
+    """
+
+    def __init__(self, events: AsyncIterator[str], handles: Sequence[RequestHandle]):
+        super().__init__(events, media_type="text/event-stream")
+        self.events, self.handles = events, handles
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for handle in self.handles:
+                handle.abort()
+            await self.events.aclose()
+
+
+def refusal_of(error: Exception) -> RequestError:
+    """Say how an error is told to the client whose request it ends.
+
+    A RequestError is told as it is; EngineBusy with 429 and EngineClosed with 503, in their own
+    words; starlette's HTTPException with its status and detail. fastapi's RequestValidationError is
+    400; param is the first name in the body that is wrong, None when it is the body itself, and the
+    text holds this name and the reason. Any other error, also EngineFailed, is 500, with a text
+    that has nothing of the error's own, and goes to the log with its traceback, as an ERROR.
+    """
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, (EngineBusy, EngineClosed)):
+        return RequestError(429 if isinstance(error, EngineBusy) else 503, str(error))
+    if isinstance(error, HTTPException):
+        return RequestError(error.status_code, str(error.detail))
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        # Of ("body", "prompt", "list[str]", 0) the second one is what the client wrote.
+        path = [str(part) for part in first["loc"][1:]]
+        name = path[0] if path and isinstance(first["loc"][1], str) else None
+        return RequestError(400, f"{'.'.join(path) if name else 'body'}: {first['msg']}", name)
+    logger.error("a request failed", exc_info=error)
+    return RequestError(500, "the server failed; its log says more")
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """Answer with an error: the status and `error_body` of its refusal.
+
+    429 has the header Retry-After, RETRY_AFTER_SECONDS. The headers of an HTTPException are kept.
+    """
+    refusal = refusal_of(error)
+    headers = dict(getattr(error, "headers", None) or {})
+    if refusal.status == 429:
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    content = error_body(refusal.status, str(refusal), refusal.param)
+    return JSONResponse(content, refusal.status, headers)
+
+
+class Guard:
+    """Stands before an ASGI application: no request without the key, none with too long a body.
+
+    app: it does not see what is refused, and of any other request it receives all, the client's
+        leaving too. api_key: as in `ServerParams`; it comes in the header Authorization, as UTF-8
+        after "Bearer", a word whose case does not matter, and a space. max_body_bytes: of a body,
+        in one piece or many.
+    Without the key, 401, with the header WWW-Authenticate: Bearer, before anything is received of
+    the body. OPEN_PATHS need none. How long it takes tells nothing of how much of a key is right.
+    413 as soon as more than max_body_bytes are there, whatever Content-Length says.
+    Both are `error_response`s. A client who leaves in the middle of a body gets nothing, and app is
+    not called. What is no HTTP request goes to app as it is.
+    """
+
+    def __init__(self, app: Callable, api_key: str | None, max_body_bytes: int):
+        self._app, self._max_body_bytes = app, max_body_bytes
+        self._key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Handle a request, as ASGI wants it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif not self._has_key(scope):
+            text = "the key is missing or wrong: Authorization: Bearer KEY"
+            refusal = HTTPException(401, text, {"WWW-Authenticate": "Bearer"})
+            await error_response(refusal)(scope, receive, send)
+        else:
+            await self._let_in(scope, receive, send)
+
+    def _has_key(self, scope: dict[str, Any]) -> bool:
+        if self._key is None or scope["path"] in OPEN_PATHS:
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, key = given.partition(b" ")
+        return scheme.lower() == b"bearer" and secrets.compare_digest(key, self._key)
+
+    async def _let_in(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        messages, num_bytes = [], 0
+        while not messages or messages[-1].get("more_body"):
+            messages.append(await receive())
+            if messages[-1]["type"] == "http.disconnect":
+                return
+            num_bytes += len(messages[-1].get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                refusal = HTTPException(413, f"the body has more than {self._max_body_bytes} bytes")
+                await error_response(refusal)(scope, receive, send)
+                return
+        messages.reverse()
+
+        async def again() -> dict[str, Any]:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, again, send)
+
+
+async def encode_prompts(body: CompletionRequest, tokenizer: Any) -> list[list[int]]:
+    """Turn the prompts of a completion into ids, in their order; one prompt is a list of one.
+
+    Texts are encoded by tokenizer.encode, with its special tokens; ids stay as they are. While the
+    tokenizer works, the event loop is free for others.
+    Raises RequestError 400, which names "prompt", for an empty list.
+    """
+    given = body.prompt
+    if isinstance(given, str):
+        given = [given]
+    if not given:
+        raise RequestError(400, "prompt is empty", "prompt")
+    if isinstance(given[0], int):
+        return [given]
+    return [
+        await run_in_threadpool(tokenizer.encode, one) if isinstance(one, str) else one
+        for one in given
+    ]
+
+
+async def encode_chat(body: ChatRequest, tokenizer: Any) -> list[int]:
+    """Turn the messages of a chat into the ids of a prompt that asks for the next message.
+
+    tokenizer.apply_chat_template gets each message as `plain_message` makes it, and the tools,
+    unless tool_choice is "none", and writes a text; its special tokens stand in it already. While
+    the tokenizer works, the event loop is free for others.
+    Raises RequestError 400, which names "messages" and tells the error's text, for a TemplateError,
+    ValueError or TypeError of the template.
+    """
+    messages = [plain_message(message) for message in body.messages]
+    tools = None if body.tool_choice == "none" else body.tools
+    try:
+        text = await run_in_threadpool(
+            tokenizer.apply_chat_template,
+            messages,
+            tools=tools,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    except (TemplateError, ValueError, TypeError) as error:
+        told = f"the model's chat template refuses these messages: {error}"
+        raise RequestError(400, told, "messages") from None
+    return await run_in_threadpool(tokenizer.encode, text, add_special_tokens=False)
+
+
+def submit_all(
+    engine: AsyncEngine,
+    request_id: str,
+    body: CompletionRequest | ChatRequest,
+    prompts: Sequence[list[int]],
+) -> list[RequestHandle]:
+    """Submit every choice of a request, or none: body.n for each prompt, 1 where it is not given.
+
+    request_id: what the ids of all choices begin with; they differ.
+    Returns their handles, those of the first prompt first. The params are those of `params_of`;
+    with a seed, the choices of a prompt have seed, seed + 1, seed + 2, … modulo 2**63.
+    Raises RequestError 400, which names "n", for more than MAX_CHOICES in all, before anything is
+    submitted; one with the text of a ValueError of the engine; and what `params_of` and the engine
+    raise otherwise. Then no choice is left in the engine.
+    """
+    num_choices = body.n or 1
+    if len(prompts) * num_choices > MAX_CHOICES:
+        text = f"{len(prompts)} prompts with n = {num_choices} are more than {MAX_CHOICES}"
+        raise RequestError(400, text, "n")
+    limit = engine.engine.limits.max_model_len
+    handles: list[RequestHandle] = []
+    with contextlib.ExitStack() as submitted:
+        for prompt_ids in prompts:
+            params = params_of(body, len(prompt_ids), limit)
+            for i in range(num_choices):
+                name = f"{request_id}-{len(handles)}"
+                seed = None if params.seed is None else (params.seed + i) % 2**63
+                try:
+                    handle = engine.submit(name, prompt_ids, replace(params, seed=seed))
+                except ValueError as error:
+                    raise RequestError(400, str(error)) from None
+                submitted.callback(handle.abort)
+                handles.append(handle)
+        submitted.pop_all()  # every choice is there, so that none is taken back
+    return handles
+
+
+async def watched(handle: RequestHandle, metrics: Metrics, arrived: float) -> AsyncIterator[Delta]:
+    """Pass on the deltas of a request, and measure them with the clock metrics.now().
+
+    arrived: when the request came.
+    `first_token` gets the time from there to the first token, `next_token` for each later one the
+    time since the one before: tokens that come together share the time since the last ones evenly,
+    and beside the first one they took 0. A delta without choices brings no token. `ended` gets the
+    time since arrived, once, when the request ends or nobody asks for more, and as the reason: the
+    finish_reason, if it has come; "error" when the handle raises; "abort" in any other case.
+    """
+    last, num_tokens, reason = arrived, 0, "abort"
+    try:
         async for delta in handle:
-            now = time.perf_counter()
+            now = metrics.now()
+            for _ in delta.choices:
+                if num_tokens == 0:
+                    metrics.first_token(now - arrived)
+                    last = now
+                else:
+                    metrics.next_token((now - last) / len(delta.choices))
+                num_tokens += 1
             if delta.choices:
-                waited = self._between if num_tokens else self._first
-                waited.labels(**self._labels).observe((now - last) / len(delta.choices))
-                last, num_tokens = now, num_tokens + len(delta.choices)
-            if delta.finish_reason is not None:
-                self._generated.labels(**self._labels).inc(num_tokens)
-                self._whole.labels(**self._labels).observe(now - arrived)
-                self._finished.labels(**self._labels, finished_reason=delta.finish_reason).inc()
+                last = now
+            reason = delta.finish_reason or reason
             yield delta
+    except Exception:
+        reason = "error"
+        raise
+    finally:
+        metrics.ended(reason, metrics.now() - arrived)
+
+
+async def merged(submission: Submission) -> AsyncIterator[tuple[int, Delta]]:
+    """Yield the deltas of all choices, each as soon as it comes, as (place of its handle, delta).
+
+    Each handle is `watched`, from the beginning to its end.
+    Ends when all have ended, and at once when the client leaves, also while nothing comes. Raises
+    what a handle raises, at once. Once it has begun, however it ends, also when it is closed, all
+    handles are aborted and no task is left behind.
+    """
+    news: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+
+    async def follow(index: int, handle: RequestHandle) -> None:
+        deltas = watched(handle, submission.metrics, submission.arrived)
+        try:
+            async with contextlib.aclosing(deltas):
+                async for delta in deltas:
+                    news.put_nowait((index, delta))
+            news.put_nowait((index, None))
+        except Exception as error:
+            news.put_nowait((index, error))
+
+    async def wait_for_leaving() -> None:
+        while (await submission.receive())["type"] != "http.disconnect":
+            pass
+        news.put_nowait((-1, None))
+
+    tasks = [asyncio.create_task(follow(*each)) for each in enumerate(submission.handles)]
+    tasks.append(asyncio.create_task(wait_for_leaving()))
+    try:
+        num_open = len(submission.handles)
+        while num_open:
+            index, delta = await news.get()
+            if index < 0:
+                break
+            if isinstance(delta, Exception):
+                raise delta
+            if delta is None:
+                num_open -= 1
+            else:
+                yield index, delta
+    finally:
+        for handle in submission.handles:
+            handle.abort()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def stream(submission: Submission, include_usage: bool) -> AsyncIterator[str]:
+    """Write an answer's events, in `StreamWriter`'s format, each as soon as it can be told.
+
+    The opening comes before any delta; what a delta brings, at once, with the place of its handle
+    as the index; the closing when all choices have ended, and nothing behind it.
+    When anything is raised, the last event is instead the `error_body` of its refusal, with nothing
+    else in it. However it ends, `merged` ends with it. What is written for a client who has left is
+    nobody's concern.
+    """
+    writer = StreamWriter(submission.head, submission.decode, include_usage)
+    try:
+        for text in writer.opening():
+            yield text
+        async with contextlib.aclosing(merged(submission)) as deltas:
+            async for index, delta in deltas:
+                for text in writer.add(index, delta):
+                    yield text
+        for text in writer.closing():
+            yield text
+    except Exception as error:
+        refusal = refusal_of(error)
+        yield event(error_body(refusal.status, str(refusal), refusal.param))
+
+
+async def whole(submission: Submission) -> dict[str, Any]:
+    """Wait for all choices, and return their `whole_answer`.
+
+    The index of a choice is the place of its handle. Raises what `merged` raises. However it ends,
+    `merged` ends with it. What comes out when the client has left is nobody's concern.
+    """
+    async with contextlib.aclosing(merged(submission)) as deltas:
+        found = [pair async for pair in deltas]
+    return whole_answer(submission.head, found, submission.decode)
+
+
+async def answer(
+    service: Service, kind: AnswerKind, body: CompletionRequest | ChatRequest, receive: Receive
+) -> EventStream | dict[str, Any]:
+    """Answer a request whose body is right by itself: as an EventStream, or as `whole`.
+
+    receive: see `Submission`. The request came when this is called. Its head: an id of its own that
+    begins with the kind's id_prefix, created in whole seconds since 1970, and the service's model
+    name. A stream has usage where stream_options wants it.
+    Raises, before anything is returned, RequestError 404 for another model, 400 for stream_options
+    without stream, what `encode_prompts` or `encode_chat` and what `submit_all` raise.
+    """
+    arrived = service.metrics.now()
+    service.check_model(body.model)
+    if body.stream_options is not None and not body.stream:
+        raise RequestError(400, "stream_options needs stream to be true", "stream_options")
+    if isinstance(body, ChatRequest):
+        prompts = [await encode_chat(body, service.tokenizer)]
+    else:
+        prompts = await encode_prompts(body, service.tokenizer)
+    answer_id, lengths = f"{kind.id_prefix}{uuid.uuid4().hex}", tuple(map(len, prompts))
+    created, name = int(time.time()), service.model_name
+    head = AnswerHead(kind, answer_id, created, name, lengths, body.n or 1)
+    handles = submit_all(service.engine, head.id, body, prompts)
+    decode, metrics = service.tokenizer.decode, service.metrics
+    submission = Submission(head, handles, decode, metrics, arrived, receive)
+    if not body.stream:
+        return await whole(submission)
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    return EventStream(stream(submission, include_usage), handles)
 
 
 def create_app(engine: AsyncEngine, tokenizer: Any, params: ServerParams) -> FastAPI:
@@ -148,13 +539,8 @@ def create_app(engine: AsyncEngine, tokenizer: Any, params: ServerParams) -> Fas
     engine: not started. tokenizer: of transformers, with a chat template for chats.
     POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize; GET /v1/models, /health,
     /version, /metrics, and params.page at /.
-    Errors are OpenAI's: {"error": {"message", "type", "param", "code"}}, with 400 for what is wrong
-    in a request, 401 without the right key, 404 for another model, 413 for a body that is too long,
-    429 with Retry-After when too many requests wait, 503 when the server is about to stop. All of
-    them are found before the first byte of an answer.
-    Who goes away ends their request.
     """
-    state = _Server(engine, tokenizer, params)
+    service = Service(engine, tokenizer, params.model_name, Metrics(engine, params.model_name))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -162,53 +548,73 @@ def create_app(engine: AsyncEngine, tokenizer: Any, params: ServerParams) -> Fas
         yield
         await run_in_threadpool(engine.close, 0.0)
 
+    async def refuse(_: Request, error: Exception) -> JSONResponse:
+        return error_response(error)
+
     # Its pages for people load scripts from elsewhere.
     app = FastAPI(title="Socratic Serving", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_Guard, api_key=params.api_key, max_body_bytes=params.max_body_bytes)
-    for kind, handler in (
-        (RequestError, _refuse),
-        (EngineBusy, _refuse_engine),
-        (EngineClosed, _refuse_engine),
-        (EngineFailed, _refuse_engine),
-        (RequestValidationError, _refuse_invalid),
-        (HTTPException, _refuse_http),
-        (Exception, _refuse_unknown),
-    ):
-        app.add_exception_handler(kind, handler)
+    app.add_middleware(Guard, api_key=params.api_key, max_body_bytes=params.max_body_bytes)
+    for kind in (RequestError, EngineBusy, EngineClosed, EngineFailed, HTTPException):
+        app.add_exception_handler(kind, refuse)
+    app.add_exception_handler(RequestValidationError, refuse)
+    app.add_exception_handler(Exception, refuse)
+    add_answers(app, service)
+    add_information(app, service, params.page)
+    return app
+
+
+def add_answers(app: FastAPI, service: Service) -> None:
+    """Add what the model and its tokenizer answer."""
+    tokenizer, limits = service.tokenizer, service.engine.engine.limits
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request):
-        return await state.answer(COMPLETION, body, await state.prompts(body), request)
+        return await answer(service, COMPLETION, body, request.receive)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request):
-        return await state.answer(CHAT, body, [await state.chat_prompt(body)], request)
-
-    @app.get("/v1/models")
-    async def models():
-        return {"object": "list", "data": [state.model]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str):
-        state.check_model(name)
-        return state.model
+        return await answer(service, CHAT, body, request.receive)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest):
-        state.check_model(body.model)
-        ids = await state.encode(body.prompt, body.add_special_tokens)
-        limit = engine.engine.limits.max_model_len
-        return {"tokens": ids, "count": len(ids), "max_model_len": limit}
+        service.check_model(body.model)
+        options = {"add_special_tokens": body.add_special_tokens}
+        ids = await run_in_threadpool(tokenizer.encode, body.prompt, **options)
+        return {"tokens": ids, "count": len(ids), "max_model_len": limits.max_model_len}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest):
-        state.check_model(body.model)
-        state.check_ids(body.tokens)
+        service.check_model(body.model)
+        vocab_size = len(tokenizer)
+        wrong = next((i for i in body.tokens if i >= vocab_size), None)
+        if wrong is not None:
+            text = f"token id {wrong} is outside the vocabulary of {vocab_size}"
+            raise RequestError(400, text, "tokens")
         return {"prompt": await run_in_threadpool(tokenizer.decode, body.tokens)}
+
+
+def add_information(app: FastAPI, service: Service, page: str) -> None:
+    """Add what the server tells of itself. page: HTML, shown at "/"."""
+    model = {
+        "id": service.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "socratic-serving",
+        "max_model_len": service.engine.engine.limits.max_model_len,
+    }
+
+    @app.get("/v1/models")
+    async def list_models():
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str):
+        service.check_model(name)
+        return model
 
     @app.get("/metrics")
     async def metrics():
-        return PlainTextResponse(state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
     async def version():
@@ -216,255 +622,10 @@ def create_app(engine: AsyncEngine, tokenizer: Any, params: ServerParams) -> Fas
 
     @app.get("/health")
     async def health():
-        if not engine.is_alive:
+        if not service.engine.is_alive:
             raise RequestError(503, "the engine has stopped")
         return {}
 
     @app.get("/")
-    async def page():
-        return HTMLResponse(params.page)
-
-    return app
-
-
-class _Server:
-    """What the endpoints share."""
-
-    def __init__(self, engine: AsyncEngine, tokenizer: Any, params: ServerParams):
-        self._engine, self._tokenizer = engine, tokenizer
-        self._name = params.model_name
-        self.metrics = Metrics(engine, params.model_name)
-        limit = engine.engine.limits.max_model_len
-        self.model = {
-            "id": params.model_name,
-            "object": "model",
-            "created": int(time.time()),
-            "owned_by": "socratic-serving",
-            "max_model_len": limit,
-        }
-
-    def check_model(self, name: str | None) -> None:
-        if name not in (None, self._name):
-            raise RequestError(404, f"there is no model {name!r}; there is {self._name!r}", "model")
-
-    def check_ids(self, ids: Sequence[int]) -> None:
-        vocab_size = len(self._tokenizer)
-        wrong = next((i for i in ids if i >= vocab_size), None)
-        if wrong is not None:
-            raise RequestError(400, f"token id {wrong} is outside the vocabulary of {vocab_size}")
-
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        # Off the event loop: a long text takes its time.
-        return await run_in_threadpool(
-            self._tokenizer.encode, text, add_special_tokens=add_special_tokens
-        )
-
-    async def prompts(self, body: CompletionRequest) -> list[list[int]]:
-        self.check_model(body.model)
-        given = body.prompt
-        if isinstance(given, str):
-            return [await self.encode(given)]
-        if not given:
-            raise RequestError(400, "prompt is empty", "prompt")
-        if isinstance(given[0], int):
-            return [given]
-        return [await self.encode(one) if isinstance(one, str) else one for one in given]
-
-    async def chat_prompt(self, body: ChatRequest) -> list[int]:
-        self.check_model(body.model)
-        messages = [plain_message(message) for message in body.messages]
-        tools = None if body.tool_choice == "none" else body.tools
-        try:
-            text = await run_in_threadpool(
-                self._tokenizer.apply_chat_template,
-                messages,
-                tools=tools,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except (TemplateError, ValueError, TypeError) as error:
-            text = f"the model's chat template refuses these messages: {error}"
-            raise RequestError(400, text, "messages") from None
-        return await self.encode(text, add_special_tokens=False)
-
-    async def answer(
-        self,
-        kind: AnswerKind,
-        body: CompletionRequest | ChatRequest,
-        prompts: Sequence[list[int]],
-        request: Request,
-    ) -> StreamingResponse | dict[str, Any]:
-        if body.stream_options is not None and not body.stream:
-            raise RequestError(400, "stream_options needs stream to be true", "stream_options")
-        answer_id = f"{kind.id_prefix}{uuid.uuid4().hex}"
-        lengths = tuple(map(len, prompts))
-        head = AnswerHead(kind, answer_id, int(time.time()), self._name, lengths, body.n or 1)
-        handles = self._submit(head.id, body, prompts)
-        answer = _Answer(head, handles, self._tokenizer.decode, self.metrics)
-        if body.stream:
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = answer.events(with_usage, request.receive)
-            return StreamingResponse(events, media_type="text/event-stream")
-        return await answer.whole(request.receive)
-
-    def _submit(
-        self,
-        request_id: str,
-        body: CompletionRequest | ChatRequest,
-        prompts: Sequence[list[int]],
-    ) -> list[RequestHandle]:
-        """Submit every choice, or none."""
-        num_choices = body.n or 1
-        if len(prompts) * num_choices > MAX_CHOICES:
-            text = f"{len(prompts)} prompts with n = {num_choices} are more than {MAX_CHOICES}"
-            raise RequestError(400, text, "n")
-        limit = self._engine.engine.limits.max_model_len
-        handles: list[RequestHandle] = []
-        with contextlib.ExitStack() as submitted:
-            for prompt_ids in prompts:
-                params = params_of(body, len(prompt_ids), limit)
-                for i in range(num_choices):
-                    name = f"{request_id}-{len(handles)}"
-                    seed = None if params.seed is None else (params.seed + i) % 2**63
-                    try:
-                        handle = self._engine.submit(name, prompt_ids, replace(params, seed=seed))
-                    except ValueError as error:
-                        raise RequestError(400, str(error)) from None
-                    submitted.callback(handle.abort)
-                    handles.append(handle)
-            submitted.pop_all()  # every choice is there, so that none is taken back
-        return handles
-
-
-class _Answer:
-    """One HTTP answer: the deltas of its choices, as a stream or as a whole."""
-
-    def __init__(
-        self,
-        head: AnswerHead,
-        handles: Sequence[RequestHandle],
-        decode: Callable[[list[int]], str],
-        metrics: Metrics,
-    ):
-        self._head, self._handles = head, handles
-        self._decode, self._metrics = decode, metrics
-
-    async def events(self, include_usage: bool, receive: Callable) -> AsyncIterator[str]:
-        """Write server-sent events as deltas come."""
-        writer = StreamWriter(self._head, self._decode, include_usage)
-        try:
-            for text in writer.opening():
-                yield text
-            async with contextlib.aclosing(self._deltas(receive)) as deltas:
-                async for index, delta in deltas:
-                    for text in writer.add(index, delta):
-                        yield text
-            for text in writer.closing():
-                yield text
-        except EngineFailed as error:
-            yield event(error_body(500, str(error)))
-
-    async def whole(self, receive: Callable) -> dict[str, Any]:
-        """Wait for all choices, and write one object."""
-        async with contextlib.aclosing(self._deltas(receive)) as deltas:
-            return whole_answer(self._head, [pair async for pair in deltas], self._decode)
-
-    async def _deltas(self, receive: Callable) -> AsyncIterator[tuple[int, Delta]]:
-        """Yield (index, delta) of all choices as they come; ends early when the client goes."""
-        arrived: asyncio.Queue[tuple[int, Delta | BaseException | None]] = asyncio.Queue()
-
-        async def follow(index: int, handle: RequestHandle) -> None:
-            try:
-                async for delta in self._metrics.watch(handle):
-                    arrived.put_nowait((index, delta))
-                arrived.put_nowait((index, None))
-            except EngineFailed as error:
-                arrived.put_nowait((index, error))
-
-        async def leave_with_client() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            self._abort()
-
-        tasks = [asyncio.create_task(follow(*each)) for each in enumerate(self._handles)]
-        tasks.append(asyncio.create_task(leave_with_client()))
-        num_open = len(self._handles)
-        try:
-            while num_open:
-                index, delta = await arrived.get()
-                if isinstance(delta, BaseException):
-                    raise delta
-                if delta is None:
-                    num_open -= 1
-                    continue
-                yield index, delta
-        finally:
-            self._abort()
-            for task in tasks:
-                task.cancel()
-
-    def _abort(self) -> None:
-        for handle in self._handles:
-            handle.abort()
-
-
-class _Guard:
-    """Refuse requests without the key, and bodies that are too long, before anything reads them."""
-
-    def __init__(self, app: Callable, api_key: str | None, max_body_bytes: int):
-        self._app, self._max_body_bytes = app, max_body_bytes
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        given = headers.get(b"authorization", b"")
-        is_open = self._key is None or scope["path"] in OPEN_PATHS
-        if not is_open and not secrets.compare_digest(given, self._key):
-            refusal = _error_response(401, "the key is missing or wrong: Authorization: Bearer KEY")
-            await refusal(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def counted() -> dict:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                raise HTTPException(413, f"the body has more than {self._max_body_bytes} bytes")
-            return message
-
-        await self._app(scope, counted, send)
-
-
-def _error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 429 else None
-    return JSONResponse(error_body(status, message, param), status, headers)
-
-
-async def _refuse(_: Request, error: RequestError) -> JSONResponse:
-    return _error_response(error.status, str(error), error.param)
-
-
-async def _refuse_engine(_: Request, error: Exception) -> JSONResponse:
-    status = {EngineBusy: 429, EngineClosed: 503, EngineFailed: 500}[type(error)]
-    return _error_response(status, str(error))
-
-
-async def _refuse_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-    first = error.errors()[0]
-    # Of ("body", "prompt", "list[str]", 0) the second one is what the client wrote.
-    names = [str(part) for part in first["loc"] if part != "body"]
-    name = names[0] if names else None
-    return _error_response(400, f"{'.'.join(names) or 'body'}: {first['msg']}", name)
-
-
-async def _refuse_http(_: Request, error: HTTPException) -> JSONResponse:
-    return _error_response(error.status_code, str(error.detail))
-
-
-async def _refuse_unknown(_: Request, error: Exception) -> JSONResponse:
-    logger.error("a request failed", exc_info=error)
-    return _error_response(500, "the server failed; its log says more")
+    async def show_page():
+        return HTMLResponse(page)

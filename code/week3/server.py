@@ -1,0 +1,475 @@
+"""An OpenAI-compatible HTTP server over the asynchronous engine."""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from jinja2 import TemplateError
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from week3.async_engine import AsyncEngine, EngineBusy, EngineClosed, EngineFailed, RequestHandle
+from week3.engine import Delta
+from week3.protocol import (
+    CHAT,
+    COMPLETION,
+    MAX_BODY_BYTES,
+    MAX_CHOICES,
+    AnswerHead,
+    AnswerKind,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RequestError,
+    StreamWriter,
+    TokenizeRequest,
+    error_body,
+    event,
+    params_of,
+    plain_message,
+    whole_answer,
+)
+
+__all__ = [
+    "refusal_of",
+    "error_response",
+    "Guard",
+    "encode_prompts",
+    "encode_chat",
+    "submit_all",
+    "watched",
+    "merged",
+    "stream",
+    "whole",
+    "answer",
+]
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 1
+VERSION = "0.1.0"
+# Paths that need no key: they tell nothing of anybody.
+OPEN_PATHS = ("/", "/health")
+
+# What ASGI hands to an application: its next message, and where to send one.
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class ServerParams:
+    """How a server presents itself.
+
+    model_name: what clients call the model. api_key: what they have to send as a bearer token; None
+    lets everybody in. max_body_bytes: of one request. page: HTML to show at "/".
+    """
+
+    model_name: str
+    api_key: str | None = None
+    max_body_bytes: int = MAX_BODY_BYTES
+    page: str = ""
+
+
+class Metrics:
+    """What the server counts, under vLLM's names where the meaning is the same.
+
+    engine: asked for the state of its scheduler whenever somebody looks.
+    """
+
+    def __init__(self, engine: AsyncEngine, model_name: str):
+        self._engine, self._labels = engine, {"model_name": model_name}
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        names, here = ("model_name",), {"registry": self._registry}
+        self._ended = Counter(
+            "vllm:request_success",
+            "Requests by how they ended",
+            (*names, "finished_reason"),
+            **here,
+        )
+        self._generated = Counter("vllm:generation_tokens", "Tokens generated", names, **here)
+        self._first = Histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token", names, **here
+        )
+        self._between = Histogram(
+            "vllm:inter_token_latency_seconds", "Between two tokens of a request", names, **here
+        )
+        self._lasted = Histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the end", names, **here
+        )
+
+    def now(self) -> float:
+        """Read a clock, in seconds since some moment."""
+        return time.perf_counter()
+
+    def first_token(self, seconds: float) -> None:
+        """Count the first token of a request, which came so long after the request."""
+        self._generated.labels(**self._labels).inc()
+        self._first.labels(**self._labels).observe(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        """Count a token that came so long after the one before it."""
+        self._generated.labels(**self._labels).inc()
+        self._between.labels(**self._labels).observe(seconds)
+
+    def ended(self, reason: str, seconds: float) -> None:
+        """Count the end of a request, so long after it came."""
+        self._ended.labels(**self._labels, finished_reason=reason).inc()
+        self._lasted.labels(**self._labels).observe(seconds)
+
+    def collect(self) -> Iterable[Any]:
+        """Tell what the scheduler and the pool know, for prometheus_client."""
+        scheduler, blocks = self._engine.engine.scheduler, self._engine.engine.blocks
+        used = 1 - blocks.num_free_blocks / blocks.num_blocks
+        gauges = {
+            "vllm:num_requests_running": ("Requests that run", scheduler.num_running),
+            "vllm:num_requests_waiting": ("Requests that wait", scheduler.num_waiting),
+            "vllm:kv_cache_usage_perc": ("Share of blocks in use, from 0 to 1", used),
+        }
+        counters = {
+            "vllm:num_preemptions": ("Requests that lost blocks", scheduler.num_preemptions),
+            "vllm:prompt_tokens": ("Prompt tokens", scheduler.num_prompt_tokens),
+            "vllm:prefix_cache_queries": ("Tokens looked for", scheduler.num_prompt_tokens),
+            "vllm:prefix_cache_hits": ("Tokens found", scheduler.num_cached_tokens),
+        }
+        for kind, found in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, (text, value) in found.items():
+                family = kind(name, text, labels=list(self._labels))
+                family.add_metric(list(self._labels.values()), value)
+                yield family
+
+    def text(self) -> bytes:
+        """Write everything in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What all requests share. engine: started. tokenizer: of transformers."""
+
+    engine: AsyncEngine
+    tokenizer: Any
+    model_name: str
+    metrics: Metrics
+
+    def check_model(self, name: str | None) -> None:
+        """Raise RequestError 404, unless name is that of the model, or None."""
+        if name not in (None, self.model_name):
+            text = f"there is no model {name!r}; there is {self.model_name!r}"
+            raise RequestError(404, text, "model")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One HTTP request whose choices the engine has.
+
+    head: of the answer. handles: of the choices, head.num_choices, in the order that head tells.
+    decode: turns ids into text. arrived: when the request came, by metrics.now(). receive: ASGI's;
+    nothing but the client's leaving, {"type": "http.disconnect"}, is still to come.
+    """
+
+    head: AnswerHead
+    handles: Sequence[RequestHandle]
+    decode: Callable[[list[int]], str]
+    metrics: Metrics
+    arrived: float
+    receive: Receive
+
+
+class EventStream(StreamingResponse):
+    """An answer of server-sent events.
+
+    events: a generator of their texts. handles: of whose requests it tells. However it ends, also
+    when the client goes before the first event, the handles are aborted and events is closed.
+    """
+
+    def __init__(self, events: AsyncIterator[str], handles: Sequence[RequestHandle]):
+        super().__init__(events, media_type="text/event-stream")
+        self.events, self.handles = events, handles
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for handle in self.handles:
+                handle.abort()
+            await self.events.aclose()
+
+
+def refusal_of(error: Exception) -> RequestError:
+    """Say how an error is told to the client whose request it ends.
+
+    A RequestError is told as it is; EngineBusy with 429 and EngineClosed with 503, in their own
+    words; starlette's HTTPException with its status and detail. fastapi's RequestValidationError is
+    400; param is the first name in the body that is wrong, None when it is the body itself, and the
+    text holds this name and the reason. Any other error, also EngineFailed, is 500, with a text
+    that has nothing of the error's own, and goes to the log with its traceback, as an ERROR.
+    """
+    raise NotImplementedError(
+        "week3/server.py: refusal_of is not written yet → sessions/week3/server.md"
+    )
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """Answer with an error: the status and `error_body` of its refusal.
+
+    429 has the header Retry-After, RETRY_AFTER_SECONDS. The headers of an HTTPException are kept.
+    """
+    raise NotImplementedError(
+        "week3/server.py: error_response is not written yet → sessions/week3/server.md"
+    )
+
+
+class Guard:
+    """Stands before an ASGI application: no request without the key, none with too long a body.
+
+    app: it does not see what is refused, and of any other request it receives all, the client's
+        leaving too. api_key: as in `ServerParams`; it comes in the header Authorization, as UTF-8
+        after "Bearer", a word whose case does not matter, and a space. max_body_bytes: of a body,
+        in one piece or many.
+    Without the key, 401, with the header WWW-Authenticate: Bearer, before anything is received of
+    the body. OPEN_PATHS need none. How long it takes tells nothing of how much of a key is right.
+    413 as soon as more than max_body_bytes are there, whatever Content-Length says.
+    Both are `error_response`s. A client who leaves in the middle of a body gets nothing, and app is
+    not called. What is no HTTP request goes to app as it is.
+    """
+
+    def __init__(self, app: Callable, api_key: str | None, max_body_bytes: int):
+        raise NotImplementedError(
+            "week3/server.py: Guard.__init__ is not written yet → sessions/week3/server.md"
+        )
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Handle a request, as ASGI wants it."""
+        raise NotImplementedError(
+            "week3/server.py: Guard.__call__ is not written yet → sessions/week3/server.md"
+        )
+
+
+async def encode_prompts(body: CompletionRequest, tokenizer: Any) -> list[list[int]]:
+    """Turn the prompts of a completion into ids, in their order; one prompt is a list of one.
+
+    Texts are encoded by tokenizer.encode, with its special tokens; ids stay as they are. While the
+    tokenizer works, the event loop is free for others.
+    Raises RequestError 400, which names "prompt", for an empty list.
+    """
+    raise NotImplementedError(
+        "week3/server.py: encode_prompts is not written yet → sessions/week3/server.md"
+    )
+
+
+async def encode_chat(body: ChatRequest, tokenizer: Any) -> list[int]:
+    """Turn the messages of a chat into the ids of a prompt that asks for the next message.
+
+    tokenizer.apply_chat_template gets each message as `plain_message` makes it, and the tools,
+    unless tool_choice is "none", and writes a text; its special tokens stand in it already. While
+    the tokenizer works, the event loop is free for others.
+    Raises RequestError 400, which names "messages" and tells the error's text, for a TemplateError,
+    ValueError or TypeError of the template.
+    """
+    raise NotImplementedError(
+        "week3/server.py: encode_chat is not written yet → sessions/week3/server.md"
+    )
+
+
+def submit_all(
+    engine: AsyncEngine,
+    request_id: str,
+    body: CompletionRequest | ChatRequest,
+    prompts: Sequence[list[int]],
+) -> list[RequestHandle]:
+    """Submit every choice of a request, or none: body.n for each prompt, 1 where it is not given.
+
+    request_id: what the ids of all choices begin with; they differ.
+    Returns their handles, those of the first prompt first. The params are those of `params_of`;
+    with a seed, the choices of a prompt have seed, seed + 1, seed + 2, … modulo 2**63.
+    Raises RequestError 400, which names "n", for more than MAX_CHOICES in all, before anything is
+    submitted; one with the text of a ValueError of the engine; and what `params_of` and the engine
+    raise otherwise. Then no choice is left in the engine.
+    """
+    raise NotImplementedError(
+        "week3/server.py: submit_all is not written yet → sessions/week3/server.md"
+    )
+
+
+async def watched(handle: RequestHandle, metrics: Metrics, arrived: float) -> AsyncIterator[Delta]:
+    """Pass on the deltas of a request, and measure them with the clock metrics.now().
+
+    arrived: when the request came.
+    `first_token` gets the time from there to the first token, `next_token` for each later one the
+    time since the one before: tokens that come together share the time since the last ones evenly,
+    and beside the first one they took 0. A delta without choices brings no token. `ended` gets the
+    time since arrived, once, when the request ends or nobody asks for more, and as the reason: the
+    finish_reason, if it has come; "error" when the handle raises; "abort" in any other case.
+    """
+    raise NotImplementedError(
+        "week3/server.py: watched is not written yet → sessions/week3/server.md"
+    )
+
+
+async def merged(submission: Submission) -> AsyncIterator[tuple[int, Delta]]:
+    """Yield the deltas of all choices, each as soon as it comes, as (place of its handle, delta).
+
+    Each handle is `watched`, from the beginning to its end.
+    Ends when all have ended, and at once when the client leaves, also while nothing comes. Raises
+    what a handle raises, at once. Once it has begun, however it ends, also when it is closed, all
+    handles are aborted and no task is left behind.
+    """
+    raise NotImplementedError(
+        "week3/server.py: merged is not written yet → sessions/week3/server.md"
+    )
+
+
+async def stream(submission: Submission, include_usage: bool) -> AsyncIterator[str]:
+    """Write an answer's events, in `StreamWriter`'s format, each as soon as it can be told.
+
+    The opening comes before any delta; what a delta brings, at once, with the place of its handle
+    as the index; the closing when all choices have ended, and nothing behind it.
+    When anything is raised, the last event is instead the `error_body` of its refusal, with nothing
+    else in it. However it ends, `merged` ends with it. What is written for a client who has left is
+    nobody's concern.
+    """
+    raise NotImplementedError(
+        "week3/server.py: stream is not written yet → sessions/week3/server.md"
+    )
+
+
+async def whole(submission: Submission) -> dict[str, Any]:
+    """Wait for all choices, and return their `whole_answer`.
+
+    The index of a choice is the place of its handle. Raises what `merged` raises. However it ends,
+    `merged` ends with it. What comes out when the client has left is nobody's concern.
+    """
+    raise NotImplementedError(
+        "week3/server.py: whole is not written yet → sessions/week3/server.md"
+    )
+
+
+async def answer(
+    service: Service, kind: AnswerKind, body: CompletionRequest | ChatRequest, receive: Receive
+) -> EventStream | dict[str, Any]:
+    """Answer a request whose body is right by itself: as an EventStream, or as `whole`.
+
+    receive: see `Submission`. The request came when this is called. Its head: an id of its own that
+    begins with the kind's id_prefix, created in whole seconds since 1970, and the service's model
+    name. A stream has usage where stream_options wants it.
+    Raises, before anything is returned, RequestError 404 for another model, 400 for stream_options
+    without stream, what `encode_prompts` or `encode_chat` and what `submit_all` raise.
+    """
+    raise NotImplementedError(
+        "week3/server.py: answer is not written yet → sessions/week3/server.md"
+    )
+
+
+def create_app(engine: AsyncEngine, tokenizer: Any, params: ServerParams) -> FastAPI:
+    """Make the application; it starts the engine with itself, and closes it.
+
+    engine: not started. tokenizer: of transformers, with a chat template for chats.
+    POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize; GET /v1/models, /health,
+    /version, /metrics, and params.page at /.
+    """
+    service = Service(engine, tokenizer, params.model_name, Metrics(engine, params.model_name))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await run_in_threadpool(engine.close, 0.0)
+
+    async def refuse(_: Request, error: Exception) -> JSONResponse:
+        return error_response(error)
+
+    # Its pages for people load scripts from elsewhere.
+    app = FastAPI(title="Socratic Serving", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, api_key=params.api_key, max_body_bytes=params.max_body_bytes)
+    for kind in (RequestError, EngineBusy, EngineClosed, EngineFailed, HTTPException):
+        app.add_exception_handler(kind, refuse)
+    app.add_exception_handler(RequestValidationError, refuse)
+    app.add_exception_handler(Exception, refuse)
+    add_answers(app, service)
+    add_information(app, service, params.page)
+    return app
+
+
+def add_answers(app: FastAPI, service: Service) -> None:
+    """Add what the model and its tokenizer answer."""
+    tokenizer, limits = service.tokenizer, service.engine.engine.limits
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request):
+        return await answer(service, COMPLETION, body, request.receive)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request):
+        return await answer(service, CHAT, body, request.receive)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest):
+        service.check_model(body.model)
+        options = {"add_special_tokens": body.add_special_tokens}
+        ids = await run_in_threadpool(tokenizer.encode, body.prompt, **options)
+        return {"tokens": ids, "count": len(ids), "max_model_len": limits.max_model_len}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest):
+        service.check_model(body.model)
+        vocab_size = len(tokenizer)
+        wrong = next((i for i in body.tokens if i >= vocab_size), None)
+        if wrong is not None:
+            text = f"token id {wrong} is outside the vocabulary of {vocab_size}"
+            raise RequestError(400, text, "tokens")
+        return {"prompt": await run_in_threadpool(tokenizer.decode, body.tokens)}
+
+
+def add_information(app: FastAPI, service: Service, page: str) -> None:
+    """Add what the server tells of itself. page: HTML, shown at "/"."""
+    model = {
+        "id": service.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "socratic-serving",
+        "max_model_len": service.engine.engine.limits.max_model_len,
+    }
+
+    @app.get("/v1/models")
+    async def list_models():
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str):
+        service.check_model(name)
+        return model
+
+    @app.get("/metrics")
+    async def metrics():
+        return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/version")
+    async def version():
+        return {"version": VERSION}
+
+    @app.get("/health")
+    async def health():
+        if not service.engine.is_alive:
+            raise RequestError(503, "the engine has stopped")
+        return {}
+
+    @app.get("/")
+    async def show_page():
+        return HTMLResponse(page)
