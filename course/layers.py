@@ -29,6 +29,8 @@ TESTS = ROOT / "tests"
 REFERENCE_FILE = ROOT / "progress" / "reference.txt"
 STATE = ROOT / ".course"
 SECONDS_TO_KEEP_OVERLAYS = 24 * 3600
+# What `def` makes in a syntax tree, with `async` in front of it and without.
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class LayerError(ValueError):

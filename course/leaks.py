@@ -29,6 +29,7 @@ from pathlib import Path
 
 from course import layers, stubs
 from course.labs import ROOT, Lab, find_labs
+from course.layers import Function
 
 # A piece of syntax that is smaller than this many nodes occurs in code about anything.
 MIN_NODES = 5
@@ -223,16 +224,16 @@ def _public_pieces(lab: Lab) -> set[object]:
     return {_renamed(piece) for text in trees for piece in _pieces(_shape(_tree(text)))}
 
 
-def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+def _functions(tree: ast.Module) -> Iterator[tuple[str, Function]]:
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, Function):
             yield node.name, node
         elif isinstance(node, ast.ClassDef):
-            inner = (member for member in node.body if isinstance(member, ast.FunctionDef))
+            inner = (member for member in node.body if isinstance(member, Function))
             yield from ((f"{node.name}.{member.name}", member) for member in inner)
 
 
-def _without_words(function: ast.FunctionDef) -> list[ast.stmt]:
+def _without_words(function: Function) -> list[ast.stmt]:
     is_documented = ast.get_docstring(function) is not None
     body = [copy.deepcopy(node) for node in function.body[is_documented:]]
     for node in ast.walk(ast.Module(body, [])):
@@ -364,7 +365,7 @@ def _is_private_method(name: str) -> bool:
 
 
 def _bodies(
-    said: Sequence[Fragment], name: str, function: ast.FunctionDef, parts: dict
+    said: Sequence[Fragment], name: str, function: Function, parts: dict
 ) -> list[tuple[list[ast.stmt], int]]:
     """List the bodies that what was said gives to one function, the likeliest first."""
     owner, _, short = name.rpartition(".")
@@ -385,39 +386,39 @@ def _bodies(
             found.append((body, turn))
     for fragment in said:
         for node in fragment.tree.body:
-            is_foreign = isinstance(node, ast.FunctionDef) and node.name not in parts
+            is_foreign = isinstance(node, Function) and node.name not in parts
             if is_foreign and not owner and _takes_as_many(node, function):
                 found.append((_with_arguments_of(node, function), fragment.turn))
     unique = {"\n".join(map(ast.unparse, body)): (body, turn) for body, turn in reversed(found)}
     return list(reversed(unique.values()))[:MAX_VARIANTS]
 
 
-def _defined(tree: ast.Module, owner: str) -> Iterator[ast.FunctionDef]:
+def _defined(tree: ast.Module, owner: str) -> Iterator[Function]:
     """Yield functions that stand alone, or those of a class: inside of it or with a `self`."""
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, Function):
             has_self = bool(node.args.args) and node.args.args[0].arg == "self"
             if has_self == bool(owner):
                 yield node
         elif isinstance(node, ast.ClassDef) and node.name == owner:
-            yield from (member for member in node.body if isinstance(member, ast.FunctionDef))
+            yield from (member for member in node.body if isinstance(member, Function))
 
 
 def _is_definition(node: ast.stmt) -> bool:
-    return isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom)
+    return isinstance(node, Function | ast.ClassDef | ast.Import | ast.ImportFrom)
 
 
-def _arguments(function: ast.FunctionDef) -> list[str]:
+def _arguments(function: Function) -> list[str]:
     arguments = function.args
     return [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
 
 
-def _takes_as_many(node: ast.FunctionDef, function: ast.FunctionDef) -> bool:
+def _takes_as_many(node: Function, function: Function) -> bool:
     required = len(_arguments(function)) - len(function.args.defaults)
     return required <= len(_arguments(node)) <= len(_arguments(function))
 
 
-def _with_arguments_of(node: ast.FunctionDef, function: ast.FunctionDef) -> list[ast.stmt]:
+def _with_arguments_of(node: Function, function: Function) -> list[ast.stmt]:
     """Take a body over into a function whose arguments have other names."""
     pairs = zip(_arguments(node), _arguments(function), strict=False)
     renamed = [f"{mine} = {theirs}" for mine, theirs in pairs if mine != theirs]
@@ -425,7 +426,7 @@ def _with_arguments_of(node: ast.FunctionDef, function: ast.FunctionDef) -> list
 
 
 def _joined(
-    statements: Iterable[tuple[ast.stmt, int]], function: ast.FunctionDef
+    statements: Iterable[tuple[ast.stmt, int]], function: Function
 ) -> tuple[list[ast.stmt], int]:
     """Make a body of the statements that can run in this order; returns it and the last turn."""
     known = {*_arguments(function), *dir(builtins), *_LIBRARIES}
@@ -473,7 +474,7 @@ def _needed(statement: ast.stmt) -> set[str]:
     return _names(statement, ast.Load) - _names(statement, ast.Store)
 
 
-def _module_names(function: ast.FunctionDef) -> set[str]:
+def _module_names(function: Function) -> set[str]:
     """Names that the reference's body reads without making them: what its module holds."""
     read = {name for name in _names(function, ast.Load) if not name.startswith("_")}
     return read - _names(function, ast.Store)
@@ -510,7 +511,7 @@ def _definitions(said: Sequence[Fragment], parts: dict) -> list[ast.stmt]:
     return found
 
 
-def _blank(function: ast.FunctionDef) -> list[ast.stmt]:
+def _blank(function: Function) -> list[ast.stmt]:
     arguments = [name for name in _arguments(function) if name != "self"]
     if function.name == "__init__":
         return ast.parse("super().__init__()").body

@@ -186,12 +186,9 @@ def _text(statement: ast.AST) -> str:
     return " ".join(ast.unparse(statement).partition(":\n")[0].split())
 
 
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
 def _places(definition: ast.stmt) -> Iterator[tuple[ast.AST, ast.stmt]]:
     """Yield (node, its statement) in bodies; not in signatures, docstrings or error messages."""
-    functions = [n for n in ast.walk(definition) if isinstance(n, _FUNCTIONS)]
+    functions = [n for n in ast.walk(definition) if isinstance(n, layers.Function)]
     nested = {inner for f in functions for inner in ast.walk(f) if inner is not f}
     for function in functions:
         if function in nested:

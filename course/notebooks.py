@@ -20,6 +20,7 @@ from pathlib import Path
 
 from course import files, labs, layers, notes, stubs
 from course.labs import Lab
+from course.layers import Function
 
 POINTS_PER_PREDICTION = 1
 POINTS_PER_TASK = 10
@@ -315,13 +316,13 @@ def _cell_that_defines(task: str, cells: Sequence[str]) -> str:
             if task in _definitions(ast.parse(text)):
                 return text
         except SyntaxError as error:
-            if re.search(rf"^(def|class) {task}\b", text, re.MULTILINE) and not broken:
+            if re.search(rf"^((async )?def|class) {task}\b", text, re.MULTILINE) and not broken:
                 broken = f"the cell that defines {task}, line {error.lineno}: {error.msg}"
     raise NotRight(broken or f"no cell that ran defines {task}")
 
 
-def _definitions(tree: ast.Module) -> dict[str, ast.FunctionDef | ast.ClassDef]:
-    kinds = ast.FunctionDef | ast.ClassDef
+def _definitions(tree: ast.Module) -> dict[str, Function | ast.ClassDef]:
+    kinds = Function | ast.ClassDef
     return {node.name: node for node in tree.body if isinstance(node, kinds)}
 
 
