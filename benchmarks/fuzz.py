@@ -175,7 +175,7 @@ def _answer(server: ServerProcess) -> str:
 
 
 def _encoded(body: Any) -> bytes:
-    # Half of a surrogate pair has no bytes of its own; \\ud800 in JSON is how it would come.
+    # Half of a surrogate pair has no bytes of its own; \ud800 in JSON is how it would come.
     return json.dumps(body).encode()
 
 
@@ -184,10 +184,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=5000)
     parser.add_argument("--out", type=Path, help="write the result there, with the machine's name")
     options = parser.parse_args()
-    seen = fuzz(options.examples)
-    print(json.dumps(seen, indent=1))
-    if options.out is not None:
-        results.write(options.out, "python -m benchmarks.fuzz", seen)
+    results.tell(fuzz(options.examples), "python -m benchmarks.fuzz", options.out)
 
 
 if __name__ == "__main__":

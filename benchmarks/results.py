@@ -14,6 +14,13 @@ from course import files
 from course.bench import commit
 
 
+def tell(measured: dict, command: str, out: Path | None) -> None:
+    """Print what was measured, and write it where the command line asks for it."""
+    print(json.dumps(measured, indent=1))
+    if out is not None:
+        write(out, command, measured)
+
+
 def write(file: Path, command: str, measured: dict) -> None:
     """Write a result file. command: what was run, without its arguments."""
     arguments = shlex.join(sys.argv[1:])

@@ -10,7 +10,6 @@ end it is killed in the middle of its work, and started again.
 import argparse
 import asyncio
 import collections
-import json
 import random
 import tempfile
 import time
@@ -122,10 +121,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=NUM_STREAMS)
     parser.add_argument("--out", type=Path, help="write the result there, with the machine's name")
     options = parser.parse_args()
-    seen = soak(options.seconds, options.streams)
-    print(json.dumps(seen, indent=1))
-    if options.out is not None:
-        results.write(options.out, "python -m benchmarks.soak", seen)
+    results.tell(soak(options.seconds, options.streams), "python -m benchmarks.soak", options.out)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from types import ModuleType
 import torch
 
 from course import grading, layers, models, mutants, progress, status
-from course.labs import ROOT, Lab, all_labs, find_labs
+from course.engine import Engine, assemble, takes_part
+from course.labs import ROOT, Lab, all_labs, find_labs, week_labs
+from course.paged import PagedParams
 
 MEDALS = ("gold", "silver", "bronze")
 YOURS = "yours"
@@ -129,6 +131,24 @@ def import_for_gpu(yours: set[Lab], *names: str) -> list[ModuleType]:
         raise ValueError(f"{names[0]} is measured on a GPU, and this machine has none")
     grading.activate(layers.folders("solutions", {f"{lab.name}.py": lab.code for lab in yours}))
     return [grading.import_lab(lab) for name in names for lab in find_labs(name)]
+
+
+def assemble_paged(yours: set[Lab], prefix_caching: bool = True) -> Engine:
+    """Load the default model in bfloat16 into week 3's engine, in which no token ends an answer.
+
+    yours: the labs to take from code/; the rest is the reference.
+    """
+    folder = models.resolve_model(None)
+    parts = {lab for lab in yours if takes_part(lab)}
+    return assemble(
+        parts,
+        folder,
+        "bfloat16",
+        models.load_tokenizer(folder),
+        frozenset(),
+        set(week_labs()) - parts,
+        paged_params=PagedParams(kv_gb=0.5, prefix_caching=prefix_caching),
+    )
 
 
 def _time(work: Workload, num_runs: int) -> dict[str, list[float]]:

@@ -514,10 +514,10 @@ def _run_all(lab: Lab, mutants: list[Mutant], diagnosed: bool = False) -> dict[M
                 if verdict is not None:
                     verdicts[mutant] = verdict
                     del running[pid]
-                    tests = caught.setdefault(_changed(mutant), [])
-                    if verdict.killed_by in tests:
-                        tests.remove(verdict.killed_by)
-                    tests.insert(0, verdict.killed_by)
+                    if verdict.killed_by:
+                        place = _changed(mutant)
+                        others = [t for t in caught.get(place, []) if t != verdict.killed_by]
+                        caught[place] = [verdict.killed_by, *others]
             time.sleep(0.01)
     gc.unfreeze()
     return {mutant: verdicts[mutant] for mutant in mutants}

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from course import models, paged
-from course.bench import YOURS, Workload
-from course.engine import Engine, assemble, takes_part
-from course.labs import Lab, week_labs
+from course import models
+from course.bench import YOURS, Workload, assemble_paged
+from course.engine import Engine
+from course.labs import Lab
 from course.speed import kv_bytes_per_token
 from course.workloads import Request, nano_cpu
 
@@ -28,20 +28,9 @@ BATCH_SIZES = (8, 16, 32)
 
 def workload(yours: set[Lab]) -> Workload:
     """Build the sides. yours: the labs to take from code/; the rest is the reference."""
-    folder = models.resolve_model(None)
-    parts = {lab for lab in yours if takes_part(lab)}
-    engine = assemble(
-        parts,
-        folder,
-        "bfloat16",
-        models.load_tokenizer(folder),
-        frozenset(),
-        set(week_labs()) - parts,
-        paged_params=paged.PagedParams(kv_gb=0.5),
-    )
-    sides = {YOURS: functools.partial(ours, engine)}
-    theirs, name = _best_batches(folder)
-    sides[name] = theirs
+    engine = assemble_paged(yours)
+    best, name = _best_batches(models.resolve_model(None))
+    sides = {YOURS: functools.partial(ours, engine), name: best}
     num_parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     num_computed = sum(len(ids) + max_tokens - 1 for ids, max_tokens in nano_cpu())
     num_steps = max(max_tokens for _, max_tokens in nano_cpu())
@@ -61,25 +50,19 @@ def workload(yours: set[Lab]) -> Workload:
 
 def ours(engine: Engine) -> dict[str, int]:
     """Run the workload; returns request → how many tokens came."""
+    lab = importlib.import_module("week3.engine")
     # What an earlier run has computed is no use to this one.
-    salt = str(random.random())
-    params = functools.partial(_params, engine, salt)
+    every = {"temperature": TEMPERATURE, "cache_salt": str(random.random())}
     counts: dict[str, int] = {}
     for number, (ids, max_tokens) in enumerate(nano_cpu()):
-        engine.paged.add(str(number), ids, params(number, max_tokens))
+        params = lab.GenerationParams(**every, seed=number, max_tokens=max_tokens)
+        engine.paged.add(str(number), ids, params)
         counts[str(number)] = 0
     while engine.paged.num_unfinished:
         for delta in engine.paged.step():
             counts[delta.request_id] += len(delta.choices)
     _check(counts.values())
     return counts
-
-
-def _params(engine: Engine, salt: str, number: int, max_tokens: int) -> Any:
-    lab = importlib.import_module("week3.engine")
-    return lab.GenerationParams(
-        temperature=TEMPERATURE, seed=number, max_tokens=max_tokens, cache_salt=salt
-    )
 
 
 def _best_batches(folder: Any) -> tuple[Any, str]:

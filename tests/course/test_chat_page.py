@@ -14,11 +14,10 @@ playwright = pytest.importorskip(
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-NEEDS_BROWSER = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
 # Nothing of it asks another host for anything.
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update"]
 KEY = "a key of this test"
-pytestmark = NEEDS_BROWSER
 
 
 @pytest.fixture(scope="module")
