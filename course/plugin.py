@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import torch
 
 from course import diagnosis, grading, layers, progress, stubs
 from course.grading import OutOfTime, PrintFlood, session
-from course.labs import Lab, all_labs, find_labs
+from course.labs import WEEKS, Lab, all_labs, find_labs
 
 # A graded test takes well under a second; the first use of a library may take several.
 SECONDS_PER_TEST = 20.0
@@ -145,9 +145,19 @@ def _configure_hypothesis() -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     if not session.tree:
         return []
-    names = [lab.name for lab in config.stash[_referenced]]
+    names = _in_short(config.stash[_referenced])
     line = f"grading {session.tree}/"
     return [f"{line}, with the reference for {', '.join(names)}" if names else line]
+
+
+def _in_short(labs: Iterable[Lab]) -> list[str]:
+    """Name labs; a week that is there as a whole by its own name."""
+    names = [lab.name for lab in labs]
+    for week, stems in WEEKS.items():
+        of_week = [f"{week}/{stem}" for stem in stems]
+        if set(of_week) <= set(names):
+            names = [week, *(name for name in names if name not in of_week)]
+    return sorted(names)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -435,10 +435,15 @@ class Desk:
         for block_hash, block_id in rejected.items():
             text = f"block {block_id} of {job.request_id} can be found with a wrong guess in it"
             check_true(self.pool.find(block_hash) != block_id, text, of=self.of)
-        if job.aborted:
-            return
         size = self.pool.block_size
         hashes = block_hashes(job.ids[: job.num_computed], size, job.salt)
+        if job.aborted:
+            table = self.pool.block_table(job.request_id)
+            for i in range(start // size, len(hashes)):
+                text = f"{job.request_id} was aborted during the step, and its block {table[i]}"
+                text += ", which the step filled, can be found"
+                check_true(self.pool.find(hashes[i]) != table[i], text, of=self.of)
+            return
         for i in range(start // size, len(hashes) if self.pool.enabled else 0):
             text = (
                 f"the tokens {i * size} to {i * size + size - 1} of {job.request_id} are a full "
@@ -943,6 +948,7 @@ DURING = {
     "who came a moment ago": "add a 2 6, during 2, add c 2 2, abort c, add d 3 3",
     "the id comes again": "add a 2 6, add b 3 5, during 1, abort b, step, add b 2 3",
     "with guesses": "add a 2 6, add b 3 9, step, guess b ++, during 1, abort b, add c 3 2",
+    "whose prompt another one has": "add a 2 6, add b 9 5, during 1, abort b, add c 9 5 like b",
 }
 
 
