@@ -81,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         layers.check_trees()
         selection = layers.select(config.args, config.invocation_params.dir)
-        tree, overlaid = selection.tree, _overlaid(config, selection.tree)
+        tree, overlaid = selection.tree, _overlaid(config, selection)
     except layers.LayerError as error:
         raise pytest.UsageError(str(error)) from None
     config.args = selection.args
@@ -111,14 +111,21 @@ def choose_interpreter() -> None:
 _referenced: pytest.StashKey[list[Lab]] = pytest.StashKey()
 
 
-def _overlaid(config: pytest.Config, tree: str) -> dict[str, str]:
+def _overlaid(config: pytest.Config, selection: layers.Selection) -> dict[str, str]:
+    tree = selection.tree
     named, candidates = config.getoption("--reference"), config.getoption("--candidate")
     if named and tree != "code":
         raise layers.LayerError("--reference goes with pytest code/…")
     if candidates and tree != "solutions":
         raise layers.LayerError("--candidate goes with pytest solutions/…")
     if tree == "code":
-        return {lab.name: str(lab.solution) for lab in layers.named_references(named)}
+        # A whole week beside the file of one of its labs: that one is to be graded.
+        asked = {lab for lab in all_labs() if str(lab.tests) in selection.args}
+        return {
+            lab.name: str(lab.solution)
+            for lab in layers.named_references(named)
+            if lab.name in named or lab not in asked
+        }
     return dict(candidate.split("=", 1) for candidate in candidates)
 
 
@@ -429,11 +436,29 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
         terminalreporter.write_line(
             f"{name}: {count} more failing tests (all of them: pytest -v {find_labs(name)[0].path})"
         )
+    if not failed:
+        _tell_of_references(terminalreporter, config)
     for (name, text), verdicts in whole_lab.items():
         line = text or _unwritten_line(name, verdicts)
         count = f"{len(verdicts)} test{'s' * (len(verdicts) != 1)}"
         terminalreporter.write_line(f"{line} ({count})")
     return result
+
+
+def _tell_of_references(terminalreporter, config: pytest.Config) -> None:
+    """Say what a run with --reference is worth."""
+    if not config.getoption("--reference") or session.tree != "code":
+        return
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in skipped}
+    lines = sorted(reason for reason in reasons if "taken from the reference" in reason)
+    if terminalreporter.stats.get("passed"):
+        lines.append(
+            "status, predict, reveal and chat count a lab as green when it passes on your own "
+            "earlier labs, without --reference"
+        )
+    for line in lines:
+        terminalreporter.write_line(line)
 
 
 def _ask_once(shown: list, failed: list, named: dict[str, dict[str, list[str]]]) -> None:
