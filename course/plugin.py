@@ -335,7 +335,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
             beliefs = _beliefs(item, error, lab, call.duration)
         asked = diagnosis.words(lab, beliefs)
         report.longrepr = grading.render(lab, item.name, text, asked)
-        report.sections = [(title, _tail(content)) for title, content in report.sections]
+        # Logs hold tracebacks through the suite, which tell nothing of what was wrong.
+        hides = item.config.option.verbose <= 0
+        report.sections = [
+            (title, _tail(content))
+            for title, content in report.sections
+            if not (hides and title.startswith("Captured log"))
+        ]
     is_followed = not item.config.getoption("--no-diagnosis")
     if call.when == "call" and report.passed and is_followed:
         _diagnosis(item.config).note_passed(lab, item.name, _replay(item, False), call.duration)
