@@ -163,9 +163,9 @@ def grouped_loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
     The arguments and the result are those of `grouped_gemm`, on any device; there may be no rows,
     and any number of experts. The host may wait for the device.
-    Where many rows have the same expert, they are multiplied together. An expert without rows costs
-    nothing: PyTorch does not do anything more for it, and does not read its matrix. Nothing is made
-    beside the result that is larger than the result, x, or one expert's matrix.
+    All rows of an expert are multiplied at once. An expert without rows costs nothing: PyTorch is
+    asked for nothing more on its account, and its matrix is not read. What is made beside the
+    result is no larger than the result, x and one expert's matrix together.
     """
     raise NotImplementedError(
         "week3/moe.py: grouped_loop is not written yet → sessions/week3/moe.md"
@@ -197,7 +197,8 @@ class MoE(nn.Module):
     """The feed-forward block of a sparse layer: many experts, of which each token gets a few.
 
     config, moe: of the model. multiply: called as `grouped_gemm` and `grouped_loop` are, and twice
-        in each forward pass: for the first two projections of all experts, and for the last one.
+        in each forward pass: with gate_up_proj, and then with down_proj, both as they are, and the
+        rows of all experts in the order of `sort_by_expert`.
     Each expert is what week 1's `MLP` is, with moe.moe_intermediate_size for its width. What it
     gives for a token is weighted by `route`, to whose logits the block's input is mapped by gate.
     gate: a torch.nn.Linear without a bias, (hidden_size → num_experts), with its checkpoint name.
@@ -207,7 +208,7 @@ class MoE(nn.Module):
     tokens_per_expert: a buffer, (num_experts,) int64, in no state_dict: how many tokens each expert
         has been given in all forward passes so far; 0 at first. The same tensor is changed by each
         pass.
-    There are no other parameters.
+    There are no other parameters and buffers.
     Called with x: (..., tokens, hidden_size), at least one token, any strides, which is left as it
     was; returns the same shape and dtype. Beside what multiply does, the host does not wait for the
     device.
@@ -277,35 +278,38 @@ def stack_experts(tensors: dict[str, Tensor], model: Qwen) -> None:
     or of another shape than the model asks for.
     """
     blocks = {f"model.layers.{i}.mlp": layer.mlp for i, layer in enumerate(model.layers)}
-    blocks = {prefix: block for prefix, block in blocks.items() if isinstance(block, MoE)}
+    wanted = {
+        prefix: expert_shapes(prefix, block)
+        for prefix, block in blocks.items()
+        if isinstance(block, MoE)
+    }
     problems = []
-    for prefix, block in blocks.items():
-        num_experts, hidden_size, width = block.down_proj.shape
-        up, down = (width, hidden_size), (hidden_size, width)
-        shapes = {"gate_proj": up, "up_proj": up, "down_proj": down}
-        for expert, projection in itertools.product(range(num_experts), shapes):
-            name = expert_name(prefix, expert, projection)
-            if name not in tensors:
-                problems.append(f"missing: {name}")
-            elif tuple(tensors[name].shape) != shapes[projection]:
-                have = tuple(tensors[name].shape)
-                problems.append(
-                    f"shape of {name}: the checkpoint has {have}, "
-                    f"the config asks for {shapes[projection]}"
-                )
+    for name, want in itertools.chain(*(shapes.items() for shapes in wanted.values())):
+        have = tuple(tensors[name].shape) if name in tensors else None
+        if have is None:
+            problems.append(f"missing: {name}")
+        elif have != want:
+            problems.append(
+                f"shape of {name}: the checkpoint has {have}, the config asks for {want}"
+            )
     if problems:
         raise ValueError("the checkpoint does not fit its config:\n  " + "\n  ".join(problems))
-    for prefix, block in blocks.items():
+    for prefix, names in wanted.items():
+        num_experts = len(names) // 3
+        parts = [tensors.pop(name) for name in names]
         gate, up, down = (
-            torch.stack(
-                [tensors.pop(expert_name(prefix, i, name)) for i in range(len(block.down_proj))]
-            )
-            for name in ("gate_proj", "up_proj", "down_proj")
+            torch.stack(parts[i : i + num_experts]) for i in range(0, len(parts), num_experts)
         )
         tensors[f"{prefix}.gate_up_proj"] = torch.cat((gate, up), dim=1)
         tensors[f"{prefix}.down_proj"] = down
 
 
-def expert_name(prefix: str, expert: int, projection: str) -> str:
-    """Name one tensor of a checkpoint."""
-    return f"{prefix}.experts.{expert}.{projection}.weight"
+def expert_shapes(prefix: str, block: MoE) -> dict[str, tuple[int, int]]:
+    """Name the checkpoint's tensors of a block's experts: all gates, all ups, all downs."""
+    num_experts, hidden_size, width = block.down_proj.shape
+    up, down = (width, hidden_size), (hidden_size, width)
+    return {
+        f"{prefix}.experts.{expert}.{projection}.weight": shape
+        for projection, shape in (("gate_proj", up), ("up_proj", up), ("down_proj", down))
+        for expert in range(num_experts)
+    }
