@@ -196,9 +196,9 @@ def combine(rows: Tensor, weights: Tensor, order: Tensor) -> Tensor:
 class MoE(nn.Module):
     """The feed-forward block of a sparse layer: many experts, of which each token gets a few.
 
-    config, moe: of the model. multiply: called as `grouped_gemm` and `grouped_loop` are, and twice
-        in each forward pass: with gate_up_proj, and then with down_proj, both as they are, and the
-        rows of all experts in the order of `sort_by_expert`.
+    config, moe: of the model; moe is kept under its name. multiply: called as `grouped_gemm` and
+        `grouped_loop` are, and twice in each forward pass: with gate_up_proj, and then with
+        down_proj, both as they are, and the rows of all experts in the order of `sort_by_expert`.
     Each expert is what week 1's `MLP` is, with moe.moe_intermediate_size for its width. What it
     gives for a token is weighted by `route`, to whose logits the block's input is mapped by gate.
     gate: a torch.nn.Linear without a bias, (hidden_size → num_experts), with its checkpoint name.

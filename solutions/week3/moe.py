@@ -232,9 +232,9 @@ def combine(rows: Tensor, weights: Tensor, order: Tensor) -> Tensor:
 class MoE(nn.Module):
     """The feed-forward block of a sparse layer: many experts, of which each token gets a few.
 
-    config, moe: of the model. multiply: called as `grouped_gemm` and `grouped_loop` are, and twice
-        in each forward pass: with gate_up_proj, and then with down_proj, both as they are, and the
-        rows of all experts in the order of `sort_by_expert`.
+    config, moe: of the model; moe is kept under its name. multiply: called as `grouped_gemm` and
+        `grouped_loop` are, and twice in each forward pass: with gate_up_proj, and then with
+        down_proj, both as they are, and the rows of all experts in the order of `sort_by_expert`.
     Each expert is what week 1's `MLP` is, with moe.moe_intermediate_size for its width. What it
     gives for a token is weighted by `route`, to whose logits the block's input is mapped by gate.
     gate: a torch.nn.Linear without a bias, (hidden_size → num_experts), with its checkpoint name.
@@ -254,7 +254,7 @@ class MoE(nn.Module):
         self, config: QwenConfig, moe: MoEConfig, multiply: GroupedLinear = grouped_linear
     ):
         super().__init__()
-        self._moe, self._multiply = moe, multiply
+        self.moe, self._multiply = moe, multiply
         hidden_size, width = config.hidden_size, moe.moe_intermediate_size
         self.gate = nn.Linear(hidden_size, moe.num_experts, bias=False)
         self.gate_up_proj = nn.Parameter(torch.empty(moe.num_experts, 2 * width, hidden_size))
@@ -264,7 +264,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block on x: (..., tokens, hidden_size)."""
-        moe, tokens = self._moe, x.reshape(-1, x.shape[-1])
+        moe, tokens = self.moe, x.reshape(-1, x.shape[-1])
         weights, ids = route(self.gate(tokens), moe.num_experts_per_tok, moe.norm_topk_prob)
         order, offsets = sort_by_expert(ids, moe.num_experts)
         self.tokens_per_expert += offsets.diff()

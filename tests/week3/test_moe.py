@@ -854,6 +854,7 @@ def test_block_has_the_documented_parts():
     of = "MoE with 6 experts, hidden_size 20, moe_intermediate_size 11"
     check_equal(got, expected, "its parameters", of=of)
     check_true(isinstance(block.gate, nn.Linear), "gate is no torch.nn.Linear", of=of)
+    check_equal(block.moe, configs_of(shape)[1], "moe", of=of)
     check_equal(sorted(block.state_dict()), sorted(expected), "its state_dict", of=of)
     buffers = [name for name, _ in block.named_buffers()]
     check_equal(buffers, ["tokens_per_expert"], "its buffers", of=of)

@@ -215,18 +215,18 @@ class MoE(nn.Module):
         self.register_buffer(
             "tokens_per_expert", torch.zeros(shape[0], dtype=torch.long), persistent=False
         )
-        self.experts = moe
+        self.moe = moe
         self.product = multiply or grouped_linear
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
-        k = self.experts.num_experts_per_tok
-        weights, ids = route(self.gate(flat), k, self.experts.norm_topk_prob)
-        order, offsets = sort_by_expert(ids, self.experts.num_experts)
+        k = self.moe.num_experts_per_tok
+        weights, ids = route(self.gate(flat), k, self.moe.norm_topk_prob)
+        order, offsets = sort_by_expert(ids, self.moe.num_experts)
         self.tokens_per_expert.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
         sent = flat.repeat_interleave(k, 0)[order]
         inner = self.product(sent, self.gate_up_proj, offsets)
-        width = self.experts.moe_intermediate_size
+        width = self.moe.moe_intermediate_size
         inner = nn.functional.silu(inner[:, :width]) * inner[:, width:]
         return combine(self.product(inner, self.down_proj, offsets), weights, order).view_as(x)
 
