@@ -69,21 +69,24 @@ class MoEConfig:
         stands there.
         """
         # transformers 5 writes the second name; the checkpoints on the hub have the first one.
-        num_experts = raw.get("num_experts", raw.get("num_local_experts"))
-        norm_topk_prob, mlp_only_layers = raw.get("norm_topk_prob"), raw.get("mlp_only_layers")
-        if not isinstance(norm_topk_prob, (bool, type(None))):
-            raise ValueError(f"norm_topk_prob must be true or false, got {norm_topk_prob!r}")
-        if not isinstance(mlp_only_layers, (list, type(None))):
-            raise ValueError(f"mlp_only_layers must be a list, got {mlp_only_layers!r}")
+        num_experts = raw.get("num_experts")
+        num_experts = raw.get("num_local_experts") if num_experts is None else num_experts
+        for name, kind, text in (
+            ("norm_topk_prob", bool, "true or false"),
+            ("mlp_only_layers", list, "a list"),
+        ):
+            if not isinstance(raw.get(name), (kind, type(None))):
+                raise ValueError(f"{name} in config.json must be {text}, got {raw[name]!r}")
+        last_layer = check_whole("num_hidden_layers", raw.get("num_hidden_layers")) - 1
         return cls(
             check_whole("num_experts", num_experts),
             check_whole("num_experts_per_tok", raw.get("num_experts_per_tok"), 1, num_experts),
             check_whole("moe_intermediate_size", raw.get("moe_intermediate_size")),
-            bool(norm_topk_prob),
+            bool(raw.get("norm_topk_prob")),
             check_whole("decoder_sparse_step", raw.get("decoder_sparse_step", 1)),
             tuple(
-                check_whole("an entry of mlp_only_layers", i, 0, raw["num_hidden_layers"] - 1)
-                for i in mlp_only_layers or ()
+                check_whole("an entry of mlp_only_layers", i, 0, last_layer)
+                for i in raw.get("mlp_only_layers") or ()
             ),
         )
 
@@ -95,7 +98,7 @@ def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) 
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if not is_whole or value < least or (most is not None and value > most):
         limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {limits}, got {value!r}")
+        raise ValueError(f"{name} in config.json must be a whole number {limits}, got {value!r}")
     return value
 
 
