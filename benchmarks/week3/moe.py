@@ -1,12 +1,18 @@
-"""One sparse block of Qwen3-30B-A3B, with all experts in one launch and with a loop over them."""
+"""One sparse block of Qwen3-30B-A3B: whom its tokens meet, and all experts in one launch.
+
+`python -m benchmarks.week3.moe` counts on any machine, with a router that prefers nobody; the time
+against a loop over the experts is measured on a GPU, by `course bench`.
+"""
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from course import layers
 from course.bench import YOURS, Workload, import_for_gpu
 from course.labs import Lab
 
@@ -16,6 +22,7 @@ SHAPES = ((2048, 768, 128), (4096, 1536, 128), (6144, 2560, 160), (2048, 1408, 6
 TOP_K = 8
 # 16 rows an expert, on average: every matrix is read, and little is done with it.
 NUM_TOKENS = 256
+STEPS = (1, 2, 8, 32, 256, 2048)
 
 
 def kernel_calls(lab: ModuleType) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -59,6 +66,25 @@ def workload(yours: set[Lab]) -> Workload:
     )
 
 
+def main() -> None:
+    """Print how many experts the tokens of a step meet, and what is read for them."""
+    sys.path.insert(0, str(layers.SOLUTIONS))
+    from week3 import moe as lab
+
+    hidden, width, num_experts = SHAPES[0]
+    mb = 3 * hidden * width * torch.bfloat16.itemsize / 1e6
+    print(f"a sparse block of Qwen3-30B-A3B in bfloat16: {num_experts} experts of {mb:.1f} MB each")
+    print(f"{'tokens':>7} {'experts':>8} {'MB read':>8} {'rows each':>10} {'tiles of 16':>12}")
+    torch.manual_seed(0)
+    for num_tokens in STEPS:
+        _, ids = lab.route(torch.randn(num_tokens, num_experts), TOP_K, True)
+        _, offsets = lab.sort_by_expert(ids, num_experts)
+        counts = offsets.diff()
+        used, tiles = int((counts > 0).sum()), int((-(-counts // 16)).sum())
+        rows = num_tokens * TOP_K / used
+        print(f"{num_tokens:>7} {used:>8} {used * mb:>8.0f} {rows:>10.1f} {tiles:>12}")
+
+
 def _config(hidden_size: int) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3ForCausalLM"],
@@ -81,3 +107,7 @@ def _loop(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch
 def _run(block: torch.nn.Module, x: torch.Tensor) -> None:
     with torch.inference_mode():
         block(x)
+
+
+if __name__ == "__main__":
+    main()
