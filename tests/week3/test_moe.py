@@ -387,10 +387,10 @@ def test_product_of_dtype(counts, way, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("counts", [[3, 0, 18], [130, 1]], ids=str)
 def test_product_adds_up_in_float32(counts, dtype, way):
-    # Large numbers cancel, and what is left is smaller than their last digits in half precision.
-    x = random(sum(counts), 160, seed=1).clamp(-2, 2)
-    weight = random(len(counts), 12, 160, seed=2).clamp(-2, 2)
-    x[:, :64], weight[:, :, :32], weight[:, :, 32:64] = 24.0, 40.0, -40.0
+    # Behind eight numbers come large ones that cancel, so far apart that no tile has all of them.
+    x = random(sum(counts), 300, seed=1).clamp(-2, 2)
+    weight = random(len(counts), 12, 300, seed=2).clamp(-2, 2)
+    x[:, 8:264], weight[:, :, 8:136], weight[:, :, 136:264] = 8.0, 30.0, -30.0
     x, weight = x.to(dtype), weight.to(dtype)
     note = "; large products cancel"
     # Sums of float32 themselves are rounded at 30,000.
