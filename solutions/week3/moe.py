@@ -129,7 +129,7 @@ def route(logits: Tensor, num_experts_per_tok: int, norm_topk_prob: bool) -> tup
     experts are those that are most probable among all, the most probable one first; which of two
     equal ones comes first is not said. A weight is the probability of its expert. With
     norm_topk_prob, the weights of each token are scaled so that they add up to 1. Everything is
-    computed in float32.
+    computed in float32, and the host does not wait for the device.
     Source: Qwen3MoeTopKRouter in transformers; Shazeer et al. 2017, arXiv:1701.06538.
     """
     weights, expert_ids = torch.softmax(logits, dim=-1, dtype=torch.float32).topk(
