@@ -3,7 +3,8 @@
 Week 1 is the engine. A lab of a later week makes it faster and is off until it is switched on: by
 passing in code/, by a line in progress/reference.txt, or by asking for the reference altogether.
 Week 3 is another engine around the same model: one of its labs switches it on, with the reference
-for its others, since none of them runs without the rest.
+for its others, since none of them runs without the rest. Its lab on experts is none of these: it
+loads every model that has experts, and no other.
 """
 
 import functools
@@ -13,13 +14,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from course import grading, layers, paged
+from course import grading, layers, models, paged
 from course.labs import WEEKS, Lab, week_labs
 from course.paged import PagedParams
 
 YOURS, REFERENCE, OFF, NO_GPU, REPLACED = "yours", "reference", "off", "no GPU", "replaced"
 ALWAYS_ON = "week1"
-QUANTIZATION = "week2/quantization"
+QUANTIZATION, MOE = "week2/quantization", "week3/moe"
 # On a CPU nothing but Triton's interpreter could run them.
 GPU_PARTS = (
     "week2/fused_kernels",
@@ -44,7 +45,7 @@ ROW_PARTS = (
     "week2/continuous_batching",
 )
 # Labs of later weeks that the engine can run; the others are used beside it.
-LATER_PARTS = (*ROW_PARTS, QUANTIZATION, "week2/fused_kernels", *PAGED_PARTS)
+LATER_PARTS = (*ROW_PARTS, QUANTIZATION, "week2/fused_kernels", *PAGED_PARTS, MOE)
 # Of prompts that run together: how many at once, and how many tokens they compute in one step.
 NUM_ROWS = 32
 TOKEN_BUDGET = 256
@@ -201,12 +202,14 @@ def assemble(
 
     chosen = set(yours)
     sources = _sources(chosen, set(switched_on), quantization, device, paged_params is not None)
+    sources |= _source_of_experts(sources, models.has_experts(folder), quantization)
     blame = _Blame(sources, _activate(chosen))
     with blame:
         labs = {
             lab.name: grading.import_lab(lab) for lab, source in sources.items() if is_on(source)
         }
-        model = labs["week1/qwen"].load_model(folder, getattr(torch, dtype), device)
+        loading = labs[MOE if MOE in labs else "week1/qwen"]
+        model = loading.load_model(folder, getattr(torch, dtype), device)
         if "week2/fused_kernels" in labs:
             labs["week2/fused_kernels"].fuse(model)
         if quantization is not None:
@@ -252,6 +255,18 @@ def _sources(
             "for --engine solutions"
         )
     return sources
+
+
+def _source_of_experts(
+    sources: dict[Lab, str], has_experts: bool, quantization: str | None
+) -> dict[Lab, str]:
+    """Say whose lab loads the experts: a model with experts has no other way, a dense one none."""
+    (moe,) = (lab for lab in sources if lab.name == MOE)
+    if not has_experts:
+        return {moe: OFF}
+    if quantization is not None:
+        raise ValueError(f"--quantization {quantization} knows nothing of a model with experts")
+    return {moe: sources[moe] if is_on(sources[moe]) else REFERENCE}
 
 
 def _make_attend(labs: Mapping[str, ModuleType]) -> Callable | None:

@@ -1,5 +1,6 @@
 """`course serve`: the engine that the labs make, behind an OpenAI-compatible HTTP server."""
 
+import functools
 import importlib
 import json
 import sys
@@ -53,7 +54,7 @@ def serve(wanted: Serving) -> int:
     try:
         folder = models.resolve_model(wanted.model, report=talk.tell)
         tokenizer = models.load_tokenizer(folder)
-        engine, table = _engine(wanted, folder, tokenizer)
+        engine, expert_load, table = _engine(wanted, folder, tokenizer)
     except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
         return talk.refuse(error)
     print(table)
@@ -63,12 +64,21 @@ def serve(wanted: Serving) -> int:
     params = server.ServerParams(
         wanted.name or folder.name, wanted.api_key, page=PAGE.read_text(encoding="utf-8")
     )
-    _run(server.create_app(asynchronous, tokenizer, params), wanted, params.model_name)
+    # A learner's server of before there were experts takes no more than three.
+    more = () if expert_load is None else (expert_load,)
+    app = server.create_app(asynchronous, tokenizer, params, *more)
+    _run(app, wanted, params.model_name)
     return 0
 
 
-def _engine(wanted: Serving, folder: Path, tokenizer: Any) -> tuple[Any, str]:
-    """Load the model and make the engine; returns it, and whose labs it is made of."""
+def _engine(
+    wanted: Serving, folder: Path, tokenizer: Any
+) -> tuple[Any, Callable[[], dict[int, list[int]]] | None, str]:
+    """Load the model and make the engine.
+
+    Returns it; what tells the load of the model's experts, None where it has none; and whose labs
+    the engine is made of.
+    """
     device = talk.choose_device(wanted.device)
     yours, _, remarks = talk.chosen_labs(wanted.engine, serving=True)
     if wanted.trace is not None:
@@ -90,7 +100,11 @@ def _engine(wanted: Serving, folder: Path, tokenizer: Any) -> tuple[Any, str]:
         for lab in week_labs()
         if lab in assembled.sources or lab.week == WEEK
     }
-    return assembled.paged, "\n".join([talk.sources_table(sources), *remarks])
+    expert_load = None
+    if models.has_experts(folder):
+        moe = importlib.import_module("week3.moe")
+        expert_load = functools.partial(moe.expert_load, assembled.model)
+    return assembled.paged, expert_load, "\n".join([talk.sources_table(sources), *remarks])
 
 
 def _recorder(file: Path) -> Callable[[dict[str, Any]], None]:

@@ -10,6 +10,7 @@ from typing import Any
 from course import models, progress, status, stubs, tracker
 from course.engine import (
     ALWAYS_ON,
+    MOE,
     PAGED_PARTS,
     Engine,
     LabCrashed,
@@ -319,6 +320,8 @@ def chosen_labs(
 
 
 def _instead(lab: Lab, needs_all: bool) -> str:
+    if lab.name == MOE:
+        return "models with experts run on the reference, not on yours"
     if lab.week == ALWAYS_ON or (needs_all and lab.name in PAGED_PARTS):
         return "the reference runs, not yours"
     return "the engine runs without it"

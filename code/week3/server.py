@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +67,8 @@ VERSION = "0.1.0"
 # Paths that need no key: they tell nothing of anybody.
 OPEN_PATHS = ("/", "/health")
 
+# Index of a layer → how many tokens each of its experts has been given.
+ExpertLoad = Callable[[], Mapping[int, Sequence[int]]]
 # What ASGI hands to an application: its next message, and where to send one.
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -89,11 +91,13 @@ class ServerParams:
 class Metrics:
     """What the server counts, under vLLM's names where the meaning is the same.
 
-    engine: asked for the state of its scheduler whenever somebody looks.
+    engine: asked for the state of its scheduler whenever somebody looks. expert_load: asked at the
+    same time, and may wait for the device; None for a model without experts.
     """
 
-    def __init__(self, engine: AsyncEngine, model_name: str):
+    def __init__(self, engine: AsyncEngine, model_name: str, expert_load: ExpertLoad | None = None):
         self._engine, self._labels = engine, {"model_name": model_name}
+        self._expert_load = expert_load
         self._registry = CollectorRegistry()
         self._registry.register(self)
         names, here = ("model_name",), {"registry": self._registry}
@@ -153,6 +157,16 @@ class Metrics:
                 family = kind(name, text, labels=list(self._labels))
                 family.add_metric(list(self._labels.values()), value)
                 yield family
+        if self._expert_load is not None:
+            yield self._tokens_of_experts(self._expert_load())
+
+    def _tokens_of_experts(self, load: Mapping[int, Sequence[int]]) -> CounterMetricFamily:
+        names = [*self._labels, "layer", "expert"]
+        family = CounterMetricFamily("moe:expert_tokens", "Tokens of an expert", labels=names)
+        for layer, counts in load.items():
+            for expert, count in enumerate(counts):
+                family.add_metric([*self._labels.values(), str(layer), str(expert)], count)
+        return family
 
     def text(self) -> bytes:
         """Write everything in Prometheus' text format."""
@@ -377,14 +391,21 @@ async def answer(
     )
 
 
-def create_app(engine: AsyncEngine, tokenizer: Any, params: ServerParams) -> FastAPI:
+def create_app(
+    engine: AsyncEngine,
+    tokenizer: Any,
+    params: ServerParams,
+    expert_load: ExpertLoad | None = None,
+) -> FastAPI:
     """Make the application; it starts the engine with itself, and closes it.
 
-    engine: not started. tokenizer: of transformers, with a chat template for chats.
+    engine: not started. tokenizer: of transformers, with a chat template for chats. expert_load: as
+        in `Metrics`.
     POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize; GET /v1/models, /health,
     /version, /metrics, and params.page at /.
     """
-    service = Service(engine, tokenizer, params.model_name, Metrics(engine, params.model_name))
+    metrics = Metrics(engine, params.model_name, expert_load)
+    service = Service(engine, tokenizer, params.model_name, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -458,7 +479,9 @@ def add_information(app: FastAPI, service: Service, page: str) -> None:
 
     @app.get("/metrics")
     async def metrics():
-        return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        # Not here: it may wait for the device.
+        text = await run_in_threadpool(service.metrics.text)
+        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
     async def version():
