@@ -31,6 +31,7 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "protocol",
         "server",
         "moe",
+        "tensor_parallel",
     ),
 }
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.
