@@ -390,7 +390,14 @@ def drawn(probabilities: Tensor, seeds: Sequence[int], places: Sequence[int]) ->
     """Draw tokens with week 1's noise, one a row."""
     # Not as a call of the lab's, of which the latest is named where something fails.
     draw = inspect.unwrap(sampling.draw)
-    return draw(probabilities, torch.tensor(seeds), torch.tensor(places)).tolist()
+    numbers = (torch.tensor([*values], dtype=torch.int64) for values in (seeds, places))
+    return draw(probabilities, *numbers).tolist()
+
+
+def drafting(seeds: Sequence[int]) -> list[int]:
+    """Make the seeds by which guesses for requests with these seeds are drawn."""
+    seed_for, purpose = inspect.unwrap(spec.seed_for), spec.DRAFTING
+    return [seed_for(seed, purpose) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -422,34 +429,42 @@ class Judged:
 
 def judge(requests: Sequence[Judged], of: object = None) -> list[list[int]]:
     """Let requests be judged together; hold the answers to what holds for any of them."""
-    drafts = [spec.Draft(one.guesses, one.drawn_from) for one in requests]
+    make = spec.Draft
+    drafts = [make(one.guesses, one.drawn_from) for one in requests]
     expected = torch.cat([one.expected for one in requests])
-    kept = expected.clone()
-    kept_from = [None if one.drawn_from is None else one.drawn_from.clone() for one in requests]
+    tensors = {id(one.drawn_from): one.drawn_from for one in requests if one.drawn_from is not None}
+    tensors[0] = expected
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
     seeds, places = [one.seed for one in requests], [one.place for one in requests]
     got = spec.verify(drafts, expected, seeds, places)
     shown = [str(one) for one in requests[:3]]
     more = [f"… {len(requests) - 3} requests more"] if len(requests) > 3 else []
     of = of or "\n".join(["verify", *shown, *more])
-    same = torch.equal(kept, expected) and all(
-        one.drawn_from is None or torch.equal(one.drawn_from, before)
-        for one, before in zip(requests, kept_from, strict=True)
-    )
+    same = all(torch.equal(tensor, kept[name]) for name, tensor in tensors.items())
     check_true(same, "expected, or what guesses were drawn from, was changed", of=of)
     check_equal(len(got), len(requests), "how many lists come", of=of)
+    rows = iter((expected > 0).tolist())
     for one, tokens in zip(requests, got, strict=True):
-        text = f"for {one}: {tokens!r}"
-        plain = type(tokens) is list and all(type(token) is int for token in tokens)
-        check_true(plain, f"no list of whole numbers {text}", of=of)
-        count = len(tokens) - 1
-        check_true(0 <= count <= len(one.guesses), f"too few or too many tokens {text}", of=of)
-        right = tuple(tokens[:count]) == one.guesses[:count]
-        check_true(right, f"all but the last one are the first guesses; got {text}", of=of)
-        is_other = count == len(one.guesses) or tokens[count] != one.guesses[count]
-        check_true(is_other, f"the last one is no guess of its place; got {text}", of=of)
-        possible = all(row[token] > 0 for row, token in zip(one.expected, tokens, strict=False))
-        check_true(possible, f"a token of probability 0 {text}", of=of)
+        problem = problem_of(one, tokens, [*itertools.islice(rows, len(one.expected))])
+        if problem:
+            check_true(False, f"{problem}; for {one} came {tokens!r}", of=of)
     return got
+
+
+def problem_of(one: Judged, tokens: list[int], possible: Sequence[Sequence[bool]]) -> str:
+    """Say what cannot be right of a request's tokens, whatever the noise; "" for nothing."""
+    if type(tokens) is not list or not all(type(token) is int for token in tokens):
+        return "no list of whole numbers"
+    count = len(tokens) - 1
+    if not 0 <= count <= len(one.guesses):
+        return "too few or too many tokens"
+    if tuple(tokens[:count]) != one.guesses[:count]:
+        return "all tokens but the last one are the first guesses"
+    if count < len(one.guesses) and tokens[count] == one.guesses[count]:
+        return "the last token is not the guess of its place"
+    if not all(row[token] for row, token in zip(possible, tokens, strict=False)):
+        return "a token has probability 0"
+    return ""
 
 
 def check_judged(requests: Sequence[Judged]) -> None:
@@ -517,8 +532,8 @@ def requests_of_every_kind(vocab_size: int = 6) -> list[Judged]:
         expected = distributions(count + 1, vocab_size, seed)
         drawn_from = distributions(count, vocab_size, 100 + seed % 7)
         place = (5, 5, 17, 0)[seed % 4]
-        purpose = spec.seed_for(seed // 2, spec.DRAFTING)
-        guesses = drawn(drawn_from, [purpose] * count, range(place, place + count))
+        seeds = drafting([seed // 2] * count)
+        guesses = drawn(drawn_from, seeds, range(place, place + count))
         kept = drawn_from if seed % 3 else None
         requests.append(Judged(tuple(guesses), kept, expected, seed // 2, place))
     return requests
@@ -595,7 +610,6 @@ PAIRS = (
     "many tokens", "the likely are guessed", "the likely are right", "nothing in common",
     "certain guesses", "certain answers", "one token in common",
 )  # fmt: skip
-NOISES = ("the request's", "other", "one seed")
 
 
 def judged_often(name: str, noise: str, count: int) -> list[Judged]:
@@ -616,9 +630,9 @@ def judged_often(name: str, noise: str, count: int) -> list[Judged]:
             [row.multinomial(count, True, generator=generator) for row in drawn_from], 1
         )
     else:
-        purposes = [spec.seed_for(seed, spec.DRAFTING) for seed in seeds for _ in drawn_from]
+        of_rows = drafting([seed for seed in seeds for _ in drawn_from])
         rows = [place + i for place in places for i in range(num_guesses)]
-        guesses = torch.tensor(drawn(drawn_from.repeat(count, 1), purposes, rows))
+        guesses = torch.tensor(drawn(drawn_from.repeat(count, 1), of_rows, rows))
     return [
         Judged(tuple(row), drawn_from, expected, seed, place)
         for row, seed, place in zip(
@@ -627,7 +641,7 @@ def judged_often(name: str, noise: str, count: int) -> list[Judged]:
     ]
 
 
-def check_counts(counts: Mapping, probabilities: Mapping, what: str, of: object) -> None:
+def check_counts(counts: Counter, probabilities: Mapping, what: str, of: object) -> None:
     """Hold how often things came against their probabilities, by a chi-square test."""
     total = sum(counts.values())
     strange = [key for key in counts if probabilities.get(key, 0.0) <= 0.0]
@@ -661,29 +675,35 @@ def as_mapping(row: Tensor) -> dict[int, float]:
     return dict(enumerate(row.tolist()))
 
 
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("name", PAIRS)
-def test_verify_keeps_the_distribution(name, noise):
+@pytest.mark.parametrize(
+    "name, noise",
+    [
+        *((name, "the request's") for name in PAIRS),
+        *((name, "other") for name in ("another one", "much alike", "the likely are guessed")),
+        *((name, "one seed") for name in ("another one", "even guesses", "nothing in common")),
+    ],
+)
+def test_verify_keeps_the_distribution(noise, name):
     expected, drawn_from = pair(name)
-    requests = judged_often(name, noise, 3000)
-    of = f"verify, for 3,000 requests with {len(drawn_from)} guesses; drawn from: {name}"
+    requests = judged_often(name, noise, 2500)
+    of = f"verify, for 2,500 requests with {len(drawn_from)} guesses; drawn from: {name}"
     got = judge(requests, of)
     for i, row in enumerate(expected):
         counts = Counter(tokens[i] for tokens in got if len(tokens) > i)
         check_counts(counts, as_mapping(row), f"token {i} of those that came", of)
 
 
-@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("name", PAIRS)
-def test_verify_accepts_as_often_as_possible(name, noise):
+def test_verify_accepts_as_often_as_possible(name):
     expected, drawn_from = pair(name)
-    of = f"verify, for 3,000 requests with {len(drawn_from)} guesses; drawn from: {name}"
-    got = judge(judged_often(name, noise, 3000), of)
+    of = f"verify, for 2,500 requests with {len(drawn_from)} guesses; drawn from: {name}"
+    got = judge(judged_often(name, "the request's", 2500), of)
     for i, rate in enumerate(torch.minimum(expected[:-1], drawn_from).sum(-1).tolist()):
         counts = Counter(len(tokens) > i + 1 for tokens in got if len(tokens) > i)
-        rates = {True: min(rate, 1.0), False: 1.0 - rate if rate < 0.9999 else 0.0}
+        # The last bits of a sum are no chance.
+        rate = rate if 1e-4 < rate < 0.9999 else round(rate)
         what = f"whether guess {i} is accepted, when those before it are"
-        check_counts(counts, rates, what, of)
+        check_counts(counts, {True: rate, False: 1.0 - rate}, what, of)
 
 
 @pytest.mark.parametrize("name", ["another one", "even guesses", "the likely are guessed"])
@@ -723,14 +743,14 @@ def written(count: int, vocab_size: int, most: int, length: int, of: str) -> lis
     choose = python_random.Random(of)
     seeds, texts = [choose.getrandbits(62) for _ in range(count)], [() for _ in range(count)]
     while left := [i for i in range(count) if len(texts[i]) < length]:
-        guesses: dict[int, tuple[int, ...]] = {i: () for i in left}
+        guesses: dict[int, tuple[int, ...]] = dict.fromkeys(left, ())
         rows: dict[int, list[Tensor]] = {i: [] for i in left}
         for _ in range(most):
             for i in left:
                 rows[i].append(look_up(texts[i] + guesses[i], 1000))
-            purposes = [spec.seed_for(seeds[i], spec.DRAFTING) for i in left]
             places = [len(texts[i]) + len(guesses[i]) for i in left]
-            tokens = drawn(torch.stack([rows[i][-1] for i in left]), purposes, places)
+            of_rows = drafting([seeds[i] for i in left])
+            tokens = drawn(torch.stack([rows[i][-1] for i in left]), of_rows, places)
             for i, token in zip(left, tokens, strict=True):
                 guesses[i] += (token,)
         requests = [
@@ -748,11 +768,11 @@ def written(count: int, vocab_size: int, most: int, length: int, of: str) -> lis
     return [text[:length] for text in texts]
 
 
-@pytest.mark.parametrize("vocab_size, most, length", [(2, 1, 5), (2, 3, 6), (3, 2, 4), (5, 2, 3)])
+@pytest.mark.parametrize("vocab_size, most, length", [(2, 1, 5), (2, 3, 5), (3, 2, 4), (5, 2, 3)])
 def test_verify_writes_whole_texts_with_their_probabilities(vocab_size, most, length):
     of = f"verify, again and again: texts of {length} tokens, vocabulary {vocab_size}, "
     of += f"{most} guesses a step"
-    counts = Counter(written(4000, vocab_size, most, length, of))
+    counts = Counter(written(2500, vocab_size, most, length, of))
     probabilities = {(): 1.0}
     for _ in range(length):
         probabilities = {
@@ -770,9 +790,8 @@ def test_verify_draws_tokens_that_know_nothing_of_each_other(name):
     got = judge(judged_often(name, "the request's", 4000), of)
     pairs = Counter((tokens[0], tokens[1]) for tokens in got if len(tokens) > 1)
     # Behind a guess that was accepted, the next token is drawn as behind any other.
-    accepted = Counter(first for first, _ in pairs.elements())
-    for first, count in accepted.items():
-        counts = {second: pairs[first, second] for second in range(6) if pairs[first, second]}
-        if count >= 100:
+    for first in range(6):
+        counts = Counter({b: count for (a, b), count in pairs.items() if a == first})
+        if sum(counts.values()) >= 100:
             what = f"the second token, where the first one is {first}"
             check_counts(counts, as_mapping(expected[1]), what, of)
