@@ -795,3 +795,541 @@ def test_verify_draws_tokens_that_know_nothing_of_each_other(name):
         if sum(counts.values()) >= 100:
             what = f"the second token, where the first one is {first}"
             check_counts(counts, as_mapping(expected[1]), what, of)
+
+
+# A model that guesses.
+
+VOCAB_SIZE = 23
+PARAMS = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "seed",
+)  # fmt: skip
+
+
+def state_of(prompt_ids: Sequence[int], **values):
+    """Make the state of a request; values: of SamplingParams and SamplingState."""
+    params = {name: values.pop(name) for name in PARAMS if name in values}
+    return runners.SamplingState(sampling.SamplingParams(**params), tuple(prompt_ids), **values)
+
+
+def fields_of(state) -> dict:
+    """Copy what a state holds."""
+    return {name: value for name, value in vars(state).items() if name != "output_ids"} | {
+        "output_ids": list(state.output_ids)
+    }
+
+
+def oracle_scores(logits: Sequence[float], state, output_ids: Sequence[int]) -> list[float]:
+    """The scores of one row behind the bias, the penalties and the ban, token by token."""
+    params, output_ids = state.params, list(output_ids)
+    adjusted = [score + state.logit_bias.get(i, 0.0) for i, score in enumerate(logits)]
+    for i in {*state.prompt_ids, *output_ids}:
+        factor = params.repetition_penalty
+        adjusted[i] = adjusted[i] / factor if adjusted[i] > 0 else adjusted[i] * factor
+    for i in set(output_ids):
+        adjusted[i] -= params.presence_penalty + params.frequency_penalty * output_ids.count(i)
+    if len(output_ids) < state.min_tokens:
+        adjusted = [-INF if i in state.eos_token_ids else s for i, s in enumerate(adjusted)]
+    return adjusted
+
+
+def oracle_probabilities(adjusted: Sequence[float], params) -> list[float]:
+    """What one row is drawn from, in Python's float64."""
+    ranked = sorted(range(len(adjusted)), key=lambda i: (-adjusted[i], i))
+    if params.temperature == 0:
+        return [float(i == ranked[0]) for i in range(len(adjusted))]
+    weights = [math.exp((score - adjusted[ranked[0]]) / params.temperature) for score in adjusted]
+    kept = ranked[: params.top_k] if params.top_k else ranked
+    total, reached, nucleus = sum(weights[i] for i in kept), 0.0, []
+    for i in kept:
+        if params.top_p < 1 and reached >= params.top_p:
+            break
+        nucleus.append(i)
+        reached += weights[i] / total
+    kept = [i for i in nucleus if weights[i] >= params.min_p]
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(adjusted))]
+
+
+class SumModel(nn.Module):
+    """A model whose scores are looked up by an exact sum over every token and its position.
+
+    Its queries are zeros, so that attention gives the mean of the values that a token sees; these
+    are whole numbers, so that the mean times their number is one again, however it was added up.
+
+    other: how far its scores are from those of the model with other=0. num_tokens: of each pass.
+    """
+
+    NUM_SCORES = 4093
+
+    def __init__(self, context: int = 64, other: float = 0.0, vocab_size: int = VOCAB_SIZE):
+        super().__init__()
+        self.config = SimpleNamespace(
+            vocab_size=vocab_size,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=3,
+            max_position_embeddings=context,
+        )
+        self.embed_tokens = nn.Embedding(vocab_size, 2)
+        generator = torch.Generator().manual_seed(1)
+        self.scores = 3 * torch.randn(self.NUM_SCORES, vocab_size, generator=generator)
+        self.scores += other * torch.randn(self.NUM_SCORES, vocab_size, generator=generator)
+        self.num_tokens: list[int] = []
+
+    def values(self, layer: int, ids: Tensor, positions: Tensor) -> Tensor:
+        """Hash ids and positions into small whole numbers: (tokens, 3)."""
+        place = torch.tensor([3, 8, 11]) + 17 * layer
+        mixed = (ids[:, None] + 5) * (positions[:, None] + place) * 31 + ids[:, None] * place
+        return mixed % 29
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend) -> Tensor:
+        self.num_tokens.append(len(input_ids))
+        sums = []
+        for layer in range(2):
+            v = self.values(layer, input_ids, positions).float()[None]
+            means = attend(layer, torch.zeros(2, len(input_ids), 3), torch.ones_like(v), v)
+            sums.append((means[1] * (positions + 1)[:, None]).round())
+        return torch.cat(sums, dim=-1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        factors = torch.tensor([1, 37, 211, 5, 401, 97])
+        return self.scores[(hidden.long() * factors).sum(-1) % self.NUM_SCORES]
+
+    def expected(self, ids: Sequence[int]) -> Tensor:
+        """Score what follows a whole sequence."""
+        ids = torch.tensor(list(ids))
+        positions = torch.arange(len(ids))
+        return self.logits(
+            torch.cat([self.values(layer, ids, positions).sum(0) for layer in range(2)])
+        )
+
+
+def plain_attend(cache, batch):
+    """Attend with even weights, token by token."""
+    size = cache.keys.shape[3]
+    starts, lengths = batch.cu_seqlens_q.tolist(), batch.seq_lens.tolist()
+    tables, slots = batch.block_tables.tolist(), batch.slots.tolist()
+
+    def attend(layer, q, k, v):
+        values, out = cache.values[layer], torch.empty_like(q)
+        for token, slot in enumerate(slots):
+            values[slot // size, :, slot % size] = v[:, token]
+        for row, num_tokens in enumerate(lengths):
+            places = torch.arange(num_tokens)
+            blocks = torch.tensor(tables[row])[places // size]
+            seen = values[blocks, 0, places % size].cumsum(0) / (places + 1)[:, None]
+            here = slice(starts[row], starts[row + 1])
+            out[:, here] = seen[num_tokens - (here.stop - here.start) :]
+        return out
+
+    return attend
+
+
+KINDS = {
+    "greedy": {"temperature": 0.0},
+    "drawn": {"temperature": 1.5},
+    "seeded": {"temperature": 1.2, "seed": 6},
+    "the largest seed": {"seed": 2**63 - 1},
+    "filtered": {"temperature": 2.0, "top_k": 9, "top_p": 0.8, "min_p": 0.05, "seed": 8},
+    "penalised": {"repetition_penalty": 1.4, "frequency_penalty": 0.8, "seed": 3},
+    "present": {"temperature": 0.0, "presence_penalty": 2.0, "frequency_penalty": 2.0},
+    "biased": {"logit_bias": {3: 4.0, 9: -2.0}, "num_logprobs": 2, "seed": 1},
+    "unending": {
+        "temperature": 0.0, "min_tokens": 4, "eos_token_ids": frozenset(range(0, VOCAB_SIZE, 2)),
+    },
+}  # fmt: skip
+
+
+def prompt_of(request_id: str, num_tokens: int) -> list[int]:
+    return python_random.Random(request_id).choices(range(VOCAB_SIZE), k=num_tokens)
+
+
+@dataclass
+class Known:
+    """What the oracle knows of a request. computed: the tokens whose KV the draft model has."""
+
+    state: object
+    kept: dict
+    computed: list[int]
+    num_blocks: int = 0
+    guesses: tuple[int, ...] = ()
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.state.prompt_ids, *self.state.output_ids]
+
+
+class Guesser:
+    """A DraftModel beside the oracle; every guess, and every pass, is compared."""
+
+    def __init__(
+        self,
+        num_blocks: int = 60,
+        block_size: int = 4,
+        max_num_seqs: int = 6,
+        token_budget: int = 60,
+        max_model_len: int = 60,
+    ):
+        self.model = SumModel()
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.max_num_seqs, self.token_budget = max_num_seqs, token_budget
+        self.max_model_len = max_model_len
+        limits = num_blocks, block_size, max_num_seqs, token_budget, max_model_len
+        self.lab = spec.DraftModel(self.model, *limits, self.make_attend)
+        names = "num_blocks", "block_size", "max_num_seqs", "token_budget", "max_model_len"
+        inside = ", ".join(f"{n}={v}" for n, v in zip(names, limits, strict=True))
+        self.of = History(f"DraftModel({inside})")
+        self.known: dict[str, Known] = {}
+
+    def make_attend(self, cache, batch):
+        num_seqs = len(batch.seq_lens)
+        text = f"a pass has {num_seqs} requests; max_num_seqs is {self.max_num_seqs}"
+        check_true(num_seqs <= self.max_num_seqs, text, of=self.of)
+        num_tokens = len(batch.slots)
+        text = f"a pass has {num_tokens} tokens; token_budget is {self.token_budget}"
+        check_true(num_tokens <= self.token_budget, text, of=self.of)
+        return plain_attend(cache, batch)
+
+    def add(self, request_id: str, num_tokens: int, kind: str = "greedy", **values) -> None:
+        state = state_of(prompt_of(request_id, num_tokens), **(values or KINDS[kind]))
+        self.lab.add(request_id, state)
+        self.of.note(f"add {request_id}: a prompt of {num_tokens}, {kind}", None)
+        self.known[request_id] = Known(state, fields_of(state), [])
+        self.grow(request_id, 0)
+
+    def grow(self, request_id: str, num_accepted: int, num_more: int = 1) -> None:
+        """Give a request its next tokens: of its guesses the first ones, and others."""
+        known = self.known[request_id]
+        output_ids, guesses = known.state.output_ids, known.guesses
+        output_ids += guesses[:num_accepted]
+        choose = python_random.Random(f"{request_id} {len(output_ids)}")
+        for _ in range(num_more):
+            refused = guesses[num_accepted : num_accepted + 1]
+            output_ids.append(choose.choice([i for i in range(VOCAB_SIZE) if (i,) != refused]))
+        known.kept["output_ids"] = list(output_ids)
+        text = f"{request_id} goes on: {num_accepted} of its {len(guesses)} guesses came, "
+        self.of.note(f"{text}and {num_more} other; now it has {len(known.ids)} tokens", None)
+        known.guesses = ()
+
+    def remove(self, request_id: str) -> None:
+        self.lab.remove(request_id)
+        self.known.pop(request_id, None)
+        self.of.note(f"remove {request_id}", None)
+
+    def propose(self, **lengths: int) -> None:
+        """Ask for guesses; hold them, and the passes, to the oracle's."""
+        rooms = {name: self.room_for(name, count) for name, count in lengths.items()}
+        rooms = {name: room for name, room in rooms.items() if room}
+        lacking = sum(len(self.known[n].ids) - self.start_of(n) for n in rooms)
+        self.model.num_tokens.clear()
+        got = self.lab.propose(lengths)
+        shown = {name: draft.token_ids for name, draft in got.items()}
+        self.of.note(f"propose({lengths})", shown)
+        check_equal(sorted(got), sorted(rooms), "who gets guesses", of=self.of)
+        for name, room in rooms.items():
+            self.check_guesses(name, got[name], room)
+        for name, known in self.known.items():
+            same = fields_of(known.state) == known.kept
+            check_true(same, f"the state of {name} was changed", of=self.of)
+        num_tokens = lacking + sum(rooms.values()) - len(rooms)
+        done = sum(self.model.num_tokens)
+        text = f"{done} tokens went through the model; {num_tokens} are enough"
+        check_true(done <= num_tokens, text, of=self.of)
+        if len(rooms) <= self.max_num_seqs and lacking <= self.token_budget:
+            most, num_passes = max(rooms.values(), default=0), len(self.model.num_tokens)
+            text = f"{num_passes} passes of the model; {most} are enough"
+            check_true(num_passes <= most, text, of=self.of)
+        for name, room in rooms.items():
+            known = self.known[name]
+            known.computed = [*known.ids, *known.guesses[: room - 1]]
+
+    def room_for(self, request_id: str, count: int) -> int:
+        """Say how many guesses a request gets, and hold blocks for them."""
+        known = self.known[request_id]
+        known.guesses = ()
+        num_tokens = len(known.ids)
+        count = min(count, self.max_model_len - num_tokens)
+        free = self.num_blocks - sum(one.num_blocks for one in self.known.values())
+        needed = -(-(num_tokens + count - 1) // self.block_size)
+        if count < 1 or needed > known.num_blocks + free:
+            return 0
+        known.num_blocks = max(known.num_blocks, needed)
+        return count
+
+    def start_of(self, request_id: str) -> int:
+        """Count the tokens that need not go through the model again."""
+        known = self.known[request_id]
+        pairs = zip(known.ids, known.computed, strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], pairs))
+        return min(same, len(known.ids) - 1)
+
+    def check_guesses(self, request_id: str, draft, count: int) -> None:
+        known, of = self.known[request_id], f"{self.of}\nthe guesses of {request_id}"
+        state, token_ids = known.state, draft.token_ids
+        check_equal(type(token_ids), tuple, "type of token_ids", of=of)
+        check_equal(len(token_ids), count, "how many there are", of=of)
+        plain = all(type(token_id) is int for token_id in token_ids)
+        check_true(plain, f"no whole numbers: {token_ids!r}", of=of)
+        seed = inspect.unwrap(spec.seed_for)(state.seed, spec.DRAFTING)
+        rows, expected = [], []
+        for i in range(count):
+            output_ids = [*state.output_ids, *expected]
+            ids = [*state.prompt_ids, *output_ids]
+            adjusted = oracle_scores(self.model.expected(ids).tolist(), state, output_ids)
+            rows.append(oracle_probabilities(adjusted, state.params))
+            expected += drawn(torch.tensor([rows[-1]]), [seed], [len(ids)])
+            check_equal(token_ids[i], expected[i], f"guess {i}", of=of)
+        check_close(draft.probabilities, torch.tensor(rows), tolerance=1e-4, of=of)
+        known.guesses = token_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 11])
+def test_draft_model_with_one_request(num_tokens, kind):
+    guesser = Guesser()
+    guesser.add("a", num_tokens, kind)
+    for count, num_accepted in ((3, 1), (4, 4), (1, 0), (1, 1), (5, 0), (5, 3), (2, 2)):
+        guesser.propose(a=count)
+        guesser.grow("a", num_accepted)
+    guesser.propose(a=4)
+
+
+@pytest.mark.parametrize("num_accepted", [0, 1, 2, 3, 4])
+def test_draft_model_goes_back_to_what_came(num_accepted):
+    guesser = Guesser()
+    guesser.add("a", 6, "seeded")
+    for _ in range(5):
+        guesser.propose(a=4)
+        guesser.grow("a", num_accepted)
+    guesser.propose(a=4)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+@pytest.mark.parametrize("num_more", [2, 3, 9])
+def test_draft_model_catches_up_with_what_it_did_not_see(num_more, kind):
+    guesser = Guesser()
+    guesser.add("a", 5, kind)
+    for num_accepted in (0, 2, 3):
+        guesser.propose(a=3)
+        guesser.grow("a", num_accepted, num_more)
+    guesser.propose(a=3)
+
+
+def test_draft_model_for_a_text_that_did_not_grow():
+    guesser = Guesser()
+    guesser.add("a", 5, "seeded")
+    for count in (3, 3, 1, 5, 2):
+        guesser.propose(a=count)
+    guesser.grow("a", 2)
+    guesser.propose(a=4)
+    guesser.propose(a=4)
+
+
+def test_draft_model_for_a_text_that_came_like_a_guess_that_was_dropped():
+    guesser = Guesser()
+    guesser.add("a", 5, "seeded")
+    for count in (2, 3, 4):
+        guesser.propose(a=4)
+        known = guesser.known["a"]
+        guesses = known.guesses
+        # All that came was guessed, though fewer guesses than these were judged.
+        known.state.output_ids += guesses[:count]
+        known.kept["output_ids"] = list(known.state.output_ids)
+        guesser.of.note(f"a goes on with {guesses[:count]}", None)
+    guesser.propose(a=3)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 16])
+def test_draft_model_with_blocks_of_any_size(block_size):
+    guesser = Guesser(block_size=block_size, num_blocks=120)
+    guesser.add("a", 5, "seeded")
+    guesser.add("b", 8, "greedy")
+    for num_accepted in (0, 1, 3, 2, 3, 0):
+        guesser.propose(a=3, b=3)
+        guesser.grow("a", num_accepted)
+        guesser.grow("b", 3 - num_accepted)
+
+
+@pytest.mark.parametrize("token_budget, max_num_seqs", [(1, 1), (2, 2), (3, 1), (5, 4), (9, 2)])
+def test_draft_model_in_chunks(token_budget, max_num_seqs):
+    guesser = Guesser(token_budget=token_budget, max_num_seqs=max_num_seqs)
+    for name, num_tokens, kind in (("a", 12, "seeded"), ("b", 1, "greedy"), ("c", 7, "present")):
+        guesser.add(name, num_tokens, kind)
+    guesser.propose(b=2)
+    guesser.propose(a=2, b=4, c=1)
+    guesser.grow("a", 2)
+    guesser.grow("b", 1, 8)
+    guesser.propose(c=3, b=3, a=3)
+
+
+def test_draft_model_with_requests_of_every_kind():
+    guesser = Guesser(num_blocks=200, max_num_seqs=9, token_budget=100)
+    names = {f"r{i}": kind for i, kind in enumerate(KINDS)}
+    for i, (name, kind) in enumerate(names.items()):
+        guesser.add(name, 3 + 2 * i, kind)
+    for step in range(5):
+        lengths = {name: 1 + (i + step) % 4 for i, name in enumerate(names)}
+        guesser.propose(**lengths)
+        for i, name in enumerate(names):
+            guesser.grow(name, (i * step) % (lengths[name] + 1))
+
+
+def test_draft_model_asked_for_some_of_its_requests():
+    guesser = Guesser()
+    for name in "abcd":
+        guesser.add(name, 5, "seeded")
+    for names in ("ab", "c", "dcba", "b", "ad", "dbca"):
+        guesser.propose(**dict.fromkeys(names, 3))
+        for name in names:
+            guesser.grow(name, len(names) % 4)
+
+
+def test_draft_model_asked_for_nobody():
+    guesser = Guesser()
+    guesser.propose()
+    guesser.add("a", 5)
+    guesser.propose()
+    guesser.propose(a=2)
+
+
+@pytest.mark.parametrize("kind", ["penalised", "present"])
+def test_draft_model_counts_its_guesses_for_penalties(kind):
+    guesser = Guesser()
+    guesser.add("a", 3, kind)
+    for num_accepted in (0, 8, 3, 8):
+        guesser.propose(a=8)
+        guesser.grow("a", num_accepted)
+
+
+def test_draft_model_counts_its_guesses_for_min_tokens():
+    guesser = Guesser()
+    for i in range(5):
+        name = f"r{i}"
+        values = {"min_tokens": 2 + i, "eos_token_ids": frozenset(range(11)), "temperature": 0.0}
+        guesser.add(name, 4 + i, **values)
+    guesser.propose(**{f"r{i}": 6 for i in range(5)})
+
+
+@pytest.mark.parametrize("max_model_len", [12, 13, 14, 15, 16])
+def test_draft_model_up_to_the_end_of_its_context(max_model_len):
+    guesser = Guesser(max_model_len=max_model_len, block_size=3)
+    guesser.add("a", 8, "seeded")
+    guesser.add("b", 2)
+    while len(guesser.known["a"].ids) <= max_model_len + 1:
+        guesser.propose(a=4, b=2)
+        guesser.grow("a", 0)
+
+
+@pytest.mark.parametrize("num_blocks", [4, 5, 6, 7, 8])
+def test_draft_model_with_too_small_a_pool(num_blocks):
+    guesser = Guesser(num_blocks, block_size=3)
+    for name, num_tokens in (("a", 6), ("b", 3), ("c", 1)):
+        guesser.add(name, num_tokens, "seeded")
+    for num_accepted in (0, 1, 2, 3, 0, 2):
+        guesser.propose(b=2, a=4, c=3)
+        for name in "abc":
+            guesser.grow(name, min(num_accepted, len(guesser.known[name].guesses)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_draft_model_holds_no_block_for_the_last_guess(count):
+    guesser = Guesser(num_blocks=2, block_size=4)
+    guesser.add("a", 4, "seeded")
+    guesser.propose(a=count)
+    guesser.propose(a=4)
+    guesser.propose(a=count)
+
+
+def test_draft_model_frees_what_removed_requests_held():
+    guesser = Guesser(num_blocks=4, block_size=4)
+    for i in range(6):
+        guesser.add(f"a{i}", 9)
+        guesser.add(f"b{i}", 9)
+        guesser.propose(**{f"a{i}": 4})
+        guesser.propose(**{f"b{i}": 1})
+        guesser.remove(f"a{i}")
+        guesser.propose(**{f"b{i}": 4})
+        guesser.remove(f"b{i}")
+
+
+def test_draft_model_with_an_id_that_comes_again():
+    guesser = Guesser()
+    for kind, num_tokens in (("seeded", 6), ("greedy", 9), ("seeded", 6), ("present", 2)):
+        guesser.add("a", num_tokens, kind)
+        guesser.propose(a=3)
+        guesser.grow("a", 2)
+        guesser.propose(a=2)
+        guesser.remove("a")
+
+
+def test_draft_model_removes_nobody():
+    guesser = Guesser()
+    guesser.remove("nobody")
+    guesser.add("a", 5)
+    guesser.propose(a=2)
+    for name in ("nobody", "a", "a"):
+        guesser.remove(name)
+
+
+@contextlib.contextmanager
+def garbage_collected() -> Iterator[None]:
+    """At the end, free what the block made and nothing refers to; older objects take too long."""
+    gc.disable()
+    try:
+        yield
+        gc.collect(0)
+    finally:
+        gc.enable()
+
+
+def test_draft_model_keeps_nothing_of_who_was_removed():
+    guesser, watched = Guesser(), {}
+    with garbage_collected():
+        for name in ("before a step", "behind some guesses"):
+            guesser.add(name, 6)
+            watched[name] = weakref.ref(guesser.known[name].state)
+        guesser.propose(**{"behind some guesses": 3})
+        for name in watched:
+            guesser.remove(name)
+    alive = sorted(name for name, ref in watched.items() if ref() is not None)
+    check_equal(alive, [], "whose state is still kept", of=guesser.of)
+
+
+def test_draft_model_attends_with_paged_attend_where_nothing_is_said():
+    model = SumModel()
+    guesser = Guesser()
+    guesser.model, guesser.lab = model, spec.DraftModel(model, 60, 4, 6, 60, 60)
+    guesser.add("a", 9, "seeded")
+    guesser.add("b", 2)
+    for num_accepted in (3, 0, 1):
+        guesser.propose(a=3, b=3)
+        guesser.grow("a", num_accepted)
+        guesser.grow("b", num_accepted)
+
+
+@pytest.mark.parametrize("length", [10, 20, 30, 40, 60, 80])
+def test_draft_model_with_anything(length):
+    choose = python_random.Random(length)
+    max_num_seqs, token_budget = choose.choice([(6, 60), (3, 12), (1, 5)])
+    guesser = Guesser(
+        choose.choice([12, 20, 60]),
+        choose.choice([1, 3, 4]),
+        max_num_seqs,
+        token_budget,
+        choose.choice([24, 40, 60]),
+    )
+    for i in range(length):
+        names = list(guesser.known)
+        if len(names) < 2 or (len(names) < 5 and choose.random() < 0.3):
+            guesser.add(f"r{i}", choose.randint(1, 20), choose.choice(list(KINDS)))
+        elif choose.random() < 0.15:
+            guesser.remove(choose.choice(names))
+        names = [name for name in guesser.known if choose.random() < 0.8]
+        choose.shuffle(names)
+        guesser.propose(**{name: choose.randint(1, 6) for name in names})
+        for name, known in guesser.known.items():
+            if choose.random() < 0.85 and len(known.ids) < 56:
+                num_accepted = choose.randint(0, len(known.guesses))
+                guesser.grow(name, num_accepted, choose.choice([1, 1, 1, 3]))
