@@ -1333,3 +1333,329 @@ def test_draft_model_with_anything(length):
             if choose.random() < 0.85 and len(known.ids) < 56:
                 num_accepted = choose.randint(0, len(known.guesses))
                 guesser.grow(name, num_accepted, choose.choice([1, 1, 1, 3]))
+
+
+# Through the engine.
+
+END = 3
+
+
+class Letters:
+    """A tokenizer whose ids are letters."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return "".join(chr(97 + i) for i in ids if i != END or not skip_special_tokens)
+
+
+class Prophet:
+    """A `Proposer` who knows the answers, and says something else at some places.
+
+    answers: request_id → its ids. wrong: how often a guess is another token. is_drawn: whether the
+    guesses come with what they were drawn from, which is certain.
+    """
+
+    def __init__(self, answers: Mapping[str, Sequence[int]], wrong: float, is_drawn: bool = False):
+        self.answers, self.wrong, self.is_drawn = answers, wrong, is_drawn
+        self.states: dict[str, object] = {}
+
+    def add(self, request_id: str, state) -> None:
+        self.states[request_id] = state
+
+    def remove(self, request_id: str) -> None:
+        self.states.pop(request_id, None)
+
+    def propose(self, lengths: Mapping[str, int]) -> dict:
+        drafts = {}
+        for request_id, count in lengths.items():
+            num_known = len(self.states[request_id].output_ids)
+            choose = python_random.Random(f"{request_id} {num_known}")
+            answer = [*self.answers[request_id], END, *choose.choices(range(VOCAB_SIZE), k=9)]
+            guesses = [
+                choose.randrange(VOCAB_SIZE) if choose.random() < self.wrong else token_id
+                for token_id in answer[num_known : num_known + count]
+            ]
+            drawn_from = one_hot(guesses, VOCAB_SIZE) if self.is_drawn else None
+            if guesses:
+                drafts[request_id] = spec.Draft(tuple(guesses), drawn_from)
+        return drafts
+
+
+def proposer_of(kind: str, limits, answers: Mapping[str, Sequence[int]], model: nn.Module):
+    if kind == "n-grams":
+        return spec.NgramProposer(1, 3)
+    if kind.startswith("a prophet"):
+        return Prophet(answers, 0.0 if "right" in kind else 0.3, "certain" in kind)
+    draft = model if kind == "the same model" else SumModel(other=1.0)
+    return spec.DraftModel(
+        draft,
+        limits.num_blocks,
+        limits.block_size,
+        limits.max_num_seqs,
+        limits.token_budget,
+        limits.max_model_len,
+        plain_attend,
+    )
+
+
+EXACT = ("n-grams", "a prophet", "a prophet who is right")
+MODELS = ("another model", "the same model", "a prophet, certain")
+
+
+@dataclass
+class Got:
+    """What a request was answered."""
+
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple = ()
+    finish_reason: str | None = None
+
+
+def answers_of(engine, requests: Mapping[str, tuple], of: object) -> dict[str, Got]:
+    """Let requests come one by one, and step until nobody is left."""
+    got, pending = {}, list(requests.items())
+    choose = python_random.Random(len(requests))
+    for _ in range(3000):
+        while pending and choose.random() < 0.6:
+            name, (prompt, params) = pending.pop(0)
+            got[name] = Got()
+            engine.add(name, prompt, params)
+        for delta in engine.step():
+            one = got[delta.request_id]
+            one.ids += tuple(choice.token_id for choice in delta.choices)
+            one.text += delta.text
+            told = [(c.logprob, c.top) for c in delta.choices if c.logprob is not None]
+            one.logprobs += tuple(told)
+            one.finish_reason = delta.finish_reason
+        if not pending and not engine.num_unfinished:
+            break
+    check_true(not engine.num_unfinished, "after 3,000 steps somebody has not ended", of=of)
+    free, num_blocks = engine.blocks.num_free_blocks, engine.limits.num_blocks
+    text = f"nobody waits or runs, and {free} of {num_blocks} blocks are free"
+    check_true(free == num_blocks, text, of=of)
+    return got
+
+
+class Spoken:
+    """Requests through an engine that guesses, beside one that does not."""
+
+    def __init__(
+        self, kind: str, requests: Mapping[str, tuple], most: int = 4, step: int = 48, **limits
+    ):
+        sizes = {
+            "num_blocks": 80, "max_model_len": 48, "max_num_seqs": 6, "token_budget": 40,
+            "block_size": 4, "watermark": 0,
+        }  # fmt: skip
+        self.limits = engine_lab.EngineLimits(**(sizes | limits))
+        self.requests, model = requests, SumModel()
+        shown = ", ".join(f"{name}={value}" for name, value in limits.items())
+        self.of = f"Engine({shown}), {len(requests)} requests, {kind} guesses up to {most} tokens"
+        make = engine_lab.Engine
+        plain = make(model, Letters(), {END}, self.limits, plain_attend)
+        self.plain = answers_of(plain, requests, self.of)
+        answers = {name: one.ids for name, one in self.plain.items()}
+        proposer = proposer_of(kind, self.limits, answers, model)
+        speculation = spec.Speculation(proposer, most, step)
+        self.num_passes: list[int] = []
+        arguments = model, Letters(), {END}, self.limits, plain_attend
+        self.engine = make(*arguments, speculator=speculation)
+        self.got = answers_of(self.engine, requests, self.of)
+
+    def check_same(self, names: Sequence[str] | None = None) -> None:
+        for name in self.requests if names is None else names:
+            prompt, params = self.requests[name]
+            plain, got = self.plain[name], self.got[name]
+            of = f"{self.of}\n{name}, a prompt of {len(prompt)}: {params}"
+            check_equal(got.ids, plain.ids, "its ids, with guesses and without", of=of)
+            check_equal(got.text, plain.text, "its text, with guesses and without", of=of)
+            check_equal(got.finish_reason, plain.finish_reason, "finish_reason", of=of)
+            check_equal(len(got.logprobs), len(plain.logprobs), "how many logprobs", of=of)
+            for (one, top), (other, other_top) in zip(got.logprobs, plain.logprobs, strict=True):
+                same = [i for i, _ in top] == [i for i, _ in other_top]
+                values = [one, *(value for _, value in top)]
+                others = [other, *(value for _, value in other_top)]
+                close = all(abs(a - b) < 1e-4 for a, b in zip(values, others, strict=True))
+                text = f"logprobs with guesses {values}, and without {others}"
+                check_true(same and close, text, of=of)
+
+    def check_limits(self) -> None:
+        """Hold to what is true of any answer, whatever was drawn."""
+        for name, (prompt, params) in self.requests.items():
+            got, of = self.got[name], f"{self.of}\n{name}, a prompt of {len(prompt)}: {params}"
+            most = min(params.max_tokens, self.limits.max_model_len - len(prompt))
+            text = f"it has {len(got.ids)} tokens; at most {most} are allowed"
+            check_true(len(got.ids) <= most, text, of=of)
+            ended = END in got.ids and not params.ignore_eos
+            check_true(not ended, f"the end is part of the answer: {got.ids}", of=of)
+            if got.finish_reason == "length":
+                text = f"it ends by its length with {len(got.ids)} of {most} tokens"
+                check_true(len(got.ids) == most, text, of=of)
+
+    def check_guessed(self, least: int = 1) -> None:
+        text = f"{self.engine.num_accepted_tokens} guesses were accepted; at least {least} could be"
+        check_true(self.engine.num_accepted_tokens >= least, text, of=self.of)
+
+
+def asked(count: int, greedy: bool, seed: int = 0, **values) -> dict[str, tuple]:
+    """Make requests, of which some begin like others, with parameters of many kinds."""
+    choose = python_random.Random(seed)
+    base, requests = prompt_of(f"base {seed}", 20), {}
+    for i in range(count):
+        prompt = base[: choose.randint(0, 20)] + prompt_of(f"{seed} {i}", choose.randint(1, 12))
+        params = {
+            "temperature": 0.0 if greedy else choose.choice([0.0, 0.7, 1.5]),
+            "max_tokens": choose.randint(1, 24),
+            "ignore_eos": choose.random() < 0.4,
+            "seed": i,
+            "stop": choose.choice([(), (), ("ab", "c"), ("gh", "hi", "q")]),
+            "logprobs": choose.choice([None, None, 0, 3]),
+            "presence_penalty": choose.choice([0.0, 0.0, 1.0]),
+            "repetition_penalty": choose.choice([1.0, 1.0, 0.7]),
+            "top_p": choose.choice([1.0, 0.6]),
+            "logit_bias": choose.choice([{}, {}, {5: 3.0, END: 2.0}]),
+            **values,
+        }
+        params["min_tokens"] = choose.choice([0, min(3, params["max_tokens"])])
+        requests[f"r{i}"] = prompt, engine_lab.GenerationParams(**params)
+    return requests
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+@pytest.mark.parametrize("kind", EXACT)
+def test_engine_answers_as_without_guesses(kind, most):
+    spoken = Spoken(kind, asked(12, greedy=False, seed=most), most)
+    spoken.check_same()
+    spoken.check_limits()
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+@pytest.mark.parametrize("kind", MODELS)
+def test_engine_answers_greedy_requests_as_without_guesses(kind, most):
+    spoken = Spoken(kind, asked(12, greedy=True, seed=most), most)
+    spoken.check_same()
+    spoken.check_limits()
+
+
+@pytest.mark.parametrize("kind", ["the same model", "a prophet who is right"])
+def test_engine_accepts_whatever_is_right(kind):
+    requests = asked(8, greedy=True, max_tokens=20, ignore_eos=True, stop=(), logit_bias={})
+    spoken = Spoken(kind, requests, step=200)
+    spoken.check_same()
+    counts = spoken.engine.num_accepted_tokens, spoken.engine.num_draft_tokens
+    text = "{} of {} guesses were accepted, and all of them are right".format(*counts)
+    check_true(counts[0] == counts[1] > 60, text, of=spoken.of)
+
+
+def test_engine_accepts_what_the_same_model_draws():
+    requests = asked(10, greedy=False, temperature=1.0, max_tokens=20, ignore_eos=True, stop=())
+    spoken = Spoken("the same model", requests, step=200)
+    spoken.check_limits()
+    counts = spoken.engine.num_accepted_tokens, spoken.engine.num_draft_tokens
+    text = "{} of {} guesses were accepted, though both models are the same".format(*counts)
+    check_true(counts[0] >= 0.98 * counts[1] > 60, text, of=spoken.of)
+
+
+@pytest.mark.parametrize("kind", [*EXACT, *MODELS])
+@pytest.mark.parametrize("case", ["small pool", "chunks", "no prefixes", "short context"])
+def test_engine_that_guesses_with_little_room(case, kind):
+    limits = {
+        "small pool": {"num_blocks": 16, "max_model_len": 40},
+        "chunks": {"token_budget": 6},
+        "no prefixes": {"prefix_caching": False, "num_blocks": 20},
+        "short context": {"max_model_len": 34, "block_size": 3},
+    }[case]
+    exact = kind in EXACT
+    requests = asked(14, greedy=not exact, seed=5, max_tokens=18, ignore_eos=True)
+    spoken = Spoken(kind, requests, **limits)
+    spoken.check_same()
+    spoken.check_limits()
+    if case == "small pool":
+        num_preemptions = spoken.engine.scheduler.num_preemptions
+        check_true(num_preemptions > 0, "nobody has lost blocks in this pool", of=spoken.of)
+
+
+@pytest.mark.parametrize("kind", ["a prophet who is right", "the same model"])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5, 6, 7])
+def test_engine_that_guesses_never_passes_max_tokens(max_tokens, kind):
+    requests = asked(6, greedy=True, max_tokens=max_tokens, ignore_eos=True, stop=())
+    spoken = Spoken(kind, requests, most=8, step=200)
+    spoken.check_same()
+    spoken.check_limits()
+
+
+@pytest.mark.parametrize("kind", ["a prophet who is right", "the same model"])
+def test_engine_cuts_behind_an_end_among_accepted_guesses(kind):
+    bias = {END: 2.5}
+    requests = asked(30, greedy=True, max_tokens=24, ignore_eos=False, stop=(), logit_bias=bias)
+    spoken = Spoken(kind, requests, most=8, step=200)
+    spoken.check_same()
+    stopped = [one for one in spoken.got.values() if one.finish_reason == "stop" and one.ids]
+    check_true(len(stopped) >= 5, "too few requests stop by themselves", of=spoken.of)
+    spoken.check_guessed(10)
+
+
+@pytest.mark.parametrize("kind", ["a prophet who is right", "n-grams"])
+def test_engine_guesses_for_those_who_ask_again(kind):
+    first = asked(6, greedy=False, seed=3, max_tokens=16, ignore_eos=True, stop=())
+    answers = Spoken(kind, first).plain
+    again = {
+        f"{name} again": ([*prompt, *answers[name].ids][:36], params)
+        for name, (prompt, params) in first.items()
+    }
+    spoken = Spoken(kind, {**first, **again}, max_num_seqs=3)
+    spoken.check_same()
+    check_true(spoken.engine.scheduler.num_cached_tokens > 0, "no prefix was found", of=spoken.of)
+
+
+@pytest.mark.parametrize("trial", range(8))
+def test_engine_that_guesses_whatever_comes(trial):
+    choose = python_random.Random(trial)
+    limits = {
+        "num_blocks": choose.choice([20, 30, 60]),
+        "max_num_seqs": choose.choice([2, 5, 8]),
+        "token_budget": choose.choice([8, 12, 40]),
+        "block_size": choose.choice([3, 4]),
+        "prefix_caching": choose.random() < 0.7,
+        "max_model_len": 48,
+    }
+    step, most = choose.choice([6, 16, 64]), choose.choice([2, 4, 7])
+    for kind in (*EXACT, *MODELS):
+        requests = asked(11, greedy=kind not in EXACT, seed=100 + trial)
+        spoken = Spoken(kind, requests, most, step, **limits)
+        spoken.check_same()
+        spoken.check_limits()
+        if kind in MODELS:
+            drawn_ones = Spoken(
+                kind, asked(5, greedy=False, seed=200 + trial), most, step, **limits
+            )
+            drawn_ones.check_limits()
+
+
+@pytest.mark.parametrize("other", [0.7, 3.0])
+def test_engine_draws_texts_with_their_probabilities(other):
+    model, draft = SumModel(vocab_size=3), SumModel(other=other, vocab_size=3)
+    model.scores, draft.scores = model.scores / 2, draft.scores / 2
+    limits = engine_lab.EngineLimits(200, 16, 40, 400, 4, watermark=0)
+    proposer = spec.DraftModel(draft, 200, 4, 40, 400, 16, plain_attend)
+    speculation = spec.Speculation(proposer, 3, 400)
+    arguments = model, Letters(), (), limits, plain_attend
+    engine = engine_lab.Engine(*arguments, speculator=speculation)
+    of = "Engine, 1,500 requests alike but for their seeds, 5 tokens of a vocabulary of 3"
+    prompt, choose = [0, 2, 1], python_random.Random(5)
+    make = engine_lab.GenerationParams
+    requests = {
+        f"r{i}": (prompt, make(max_tokens=5, seed=choose.getrandbits(62))) for i in range(1500)
+    }
+    counts = Counter(one.ids for one in answers_of(engine, requests, of).values())
+    probabilities = {(): 1.0}
+    for _ in range(5):
+        probabilities = {
+            (*text, token): probability * chance
+            for text, probability in probabilities.items()
+            for token, chance in enumerate(
+                torch.softmax(model.expected([*prompt, *text]), -1).tolist()
+            )
+        }
+    check_counts(counts, probabilities, "whole texts", of)
+    text = f"{engine.num_accepted_tokens} guesses were accepted"
+    check_true(engine.num_accepted_tokens > 300, text, of=of)
