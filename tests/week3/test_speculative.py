@@ -1456,7 +1456,6 @@ class Spoken:
         answers = {name: one.ids for name, one in self.plain.items()}
         proposer = proposer_of(kind, self.limits, answers, model)
         speculation = spec.Speculation(proposer, most, step)
-        self.num_passes: list[int] = []
         arguments = model, Letters(), {END}, self.limits, plain_attend
         self.engine = make(*arguments, speculator=speculation)
         self.got = answers_of(self.engine, requests, self.of)
