@@ -143,7 +143,8 @@ def verify(
     drafts: of each request; without token_ids where nothing is guessed. expected: (rows,
         vocab_size) float32, one request behind the other: for each guess how likely each token is
         in its place by the model, and one row more, for the place behind the last guess.
-    seeds: of the requests. places: where in its sequence each request's next token will stand.
+    seeds: of the requests. places: where in its sequence each request's next token will stand. All
+        are left as they were.
     Returns for each request its next tokens: of its guesses the first ones, as many as are
     accepted, and one token more, which is not the guess that stood there.
     Tokens come out with the probabilities that the model gives them, whatever was guessed, and

@@ -158,7 +158,8 @@ def verify(
     drafts: of each request; without token_ids where nothing is guessed. expected: (rows,
         vocab_size) float32, one request behind the other: for each guess how likely each token is
         in its place by the model, and one row more, for the place behind the last guess.
-    seeds: of the requests. places: where in its sequence each request's next token will stand.
+    seeds: of the requests. places: where in its sequence each request's next token will stand. All
+        are left as they were.
     Returns for each request its next tokens: of its guesses the first ones, as many as are
     accepted, and one token more, which is not the guess that stood there.
     Tokens come out with the probabilities that the model gives them, whatever was guessed, and
@@ -187,9 +188,10 @@ def verify(
     if drawn:
         rows, guesses = torch.tensor(drawn, device=device).unbind(1)
         drawn_from = torch.cat([d.probabilities for d in drafts if d.probabilities is not None])
-        seeds = torch.tensor([seed_for(noise[row][0], ACCEPTING) for row, _ in drawn])
-        left = _judge(expected[rows], drawn_from, guesses, seeds.to(device), row_places[rows])
-        expected = expected.index_copy(0, rows, left)
+        accepting = [seed_for(noise[row][0], ACCEPTING) for row, _ in drawn]
+        of_rows = torch.tensor(accepting, device=device), row_places[rows]
+        judged = _judge(expected[rows], drawn_from, guesses, *of_rows)
+        expected = expected.index_copy(0, rows, judged)
     chosen = draw(expected, row_seeds, row_places).tolist()
     return [
         _up_to_other(chosen[start : start + count], draft.token_ids)
