@@ -1351,12 +1351,14 @@ class Prophet:
     """A `Proposer` who knows the answers, and says something else at some places.
 
     answers: request_id → its ids. wrong: how often a guess is another token. is_drawn: whether the
-    guesses come with what they were drawn from, which is certain.
+    guesses come with what they were drawn from, which is certain. said: all guesses so far, each
+    with its request and how many tokens that had been answered.
     """
 
     def __init__(self, answers: Mapping[str, Sequence[int]], wrong: float, is_drawn: bool = False):
         self.answers, self.wrong, self.is_drawn = answers, wrong, is_drawn
         self.states: dict[str, object] = {}
+        self.said: list[tuple[str, int, list[int]]] = []
 
     def add(self, request_id: str, state) -> None:
         self.states[request_id] = state
@@ -1369,12 +1371,14 @@ class Prophet:
         for request_id, count in lengths.items():
             num_known = len(self.states[request_id].output_ids)
             choose = python_random.Random(f"{request_id} {num_known}")
-            answer = [*self.answers[request_id], END, *choose.choices(range(VOCAB_SIZE), k=9)]
+            behind = choose.choices(range(VOCAB_SIZE), k=9)
+            answer = [*self.answers.get(request_id, ()), END, *behind]
             guesses = [
                 choose.randrange(VOCAB_SIZE) if choose.random() < self.wrong else token_id
                 for token_id in answer[num_known : num_known + count]
             ]
             drawn_from = one_hot(guesses, VOCAB_SIZE) if self.is_drawn else None
+            self.said.append((request_id, num_known, guesses))
             if guesses:
                 drafts[request_id] = spec.Draft(tuple(guesses), drawn_from)
         return drafts
@@ -1451,11 +1455,11 @@ class Spoken:
         shown = ", ".join(f"{name}={value}" for name, value in limits.items())
         self.of = f"Engine({shown}), {len(requests)} requests, {kind} guesses up to {most} tokens"
         make = engine_lab.Engine
-        plain = make(model, Letters(), {END}, self.limits, plain_attend)
-        self.plain = answers_of(plain, requests, self.of)
+        self.silent = make(model, Letters(), {END}, self.limits, plain_attend)
+        self.plain = answers_of(self.silent, requests, self.of)
         answers = {name: one.ids for name, one in self.plain.items()}
-        proposer = proposer_of(kind, self.limits, answers, model)
-        speculation = spec.Speculation(proposer, most, step)
+        self.proposer = proposer_of(kind, self.limits, answers, model)
+        speculation = spec.Speculation(self.proposer, most, step)
         arguments = model, Letters(), {END}, self.limits, plain_attend
         self.engine = make(*arguments, speculator=speculation)
         self.got = answers_of(self.engine, requests, self.of)
@@ -1604,6 +1608,23 @@ def test_engine_guesses_for_those_who_ask_again(kind):
     spoken = Spoken(kind, {**first, **again}, max_num_seqs=3)
     spoken.check_same()
     check_true(spoken.engine.scheduler.num_cached_tokens > 0, "no prefix was found", of=spoken.of)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_engine_finds_nothing_of_refused_guesses(block_size):
+    """Ask for what was guessed and refused: its KV may be gone, and nobody may find it."""
+    requests = asked(6, greedy=True, seed=8, max_tokens=16, ignore_eos=True, stop=())
+    spoken = Spoken("a prophet", requests, block_size=block_size, num_blocks=200)
+    spoken.check_same()
+    again = {}
+    for name, num_known, guesses in spoken.proposer.said:
+        prompt, params = requests[name]
+        refused = [*prompt, *spoken.plain[name].ids[:num_known], *guesses][:40]
+        again[f"{name} {num_known}"] = refused, params
+    expected = answers_of(spoken.silent, again, spoken.of)
+    for name, got in answers_of(spoken.engine, again, spoken.of).items():
+        of = f"{spoken.of}\n{name}, whose prompt ends with guesses that were made before"
+        check_equal(got.ids, expected[name].ids, "its ids", of=of)
 
 
 @pytest.mark.parametrize("trial", range(8))
