@@ -161,6 +161,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="spread the model over N processes, each with a GPU if there is one",
     )
+    parser.add_argument(
+        "--speculative",
+        choices=("ngram", "draft"),
+        help="guess tokens ahead, from the text so far or by a smaller model",
+    )
+    parser.add_argument(
+        "--draft-model", metavar="DIR", help="the smaller model: a folder, or a name on the hub"
+    )
+    parser.add_argument("--num-drafts", type=int, default=4, metavar="N", help="at most, in a step")
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
@@ -274,6 +283,9 @@ def _request(options: argparse.Namespace):
         quantization=options.quantization,
         device=options.device,
         tensor_parallel=options.tensor_parallel,
+        speculative=options.speculative,
+        draft_model=options.draft_model,
+        num_drafts=options.num_drafts,
         until=options.until,
         max_tokens=options.max_tokens,
         temperature=options.temperature,

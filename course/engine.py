@@ -21,7 +21,7 @@ from course.paged import PagedParams
 YOURS, REFERENCE, OFF, NO_GPU, REPLACED = "yours", "reference", "off", "no GPU", "replaced"
 ALWAYS_ON = "week1"
 QUANTIZATION, MOE = "week2/quantization", "week3/moe"
-TENSOR_PARALLEL = "week3/tensor_parallel"
+SPECULATIVE, TENSOR_PARALLEL = "week3/speculative", "week3/tensor_parallel"
 # On a CPU nothing but Triton's interpreter could run them.
 GPU_PARTS = (
     "week2/fused_kernels",
@@ -52,6 +52,7 @@ LATER_PARTS = (
     "week2/fused_kernels",
     *PAGED_PARTS,
     MOE,
+    SPECULATIVE,
     TENSOR_PARALLEL,
 )
 # Of prompts that run together: how many at once, and how many tokens they compute in one step.
@@ -279,9 +280,12 @@ def _sources(
 ) -> dict[Lab, str]:
     parts = {lab.name: lab for lab in week_labs() if takes_part(lab)}
     paging = {parts[name] for name in PAGED_PARTS}
-    size = 1 if paged_params is None else paged_params.tensor_parallel
-    spreads = size > 1 and parts[TENSOR_PARALLEL] in yours | switched_on
-    pages = paged_params is not None and (is_paged(yours | switched_on) or spreads)
+    asked = {} if paged_params is None else paged_params.asked
+    wanted = {parts[name] for name in asked}
+    # Who asks for one of these labs, and has it, asks for the engine that it belongs to.
+    pages = paged_params is not None and (
+        is_paged(yours | switched_on) or bool(wanted & (yours | switched_on))
+    )
     referenced = {lab for lab in parts.values() if lab.week == ALWAYS_ON} | switched_on
     referenced |= paging
     sources = {
@@ -292,15 +296,16 @@ def _sources(
     sources |= {lab: REPLACED if pages else OFF for lab in unused if is_on(sources[lab])}
     if device == "cpu":
         sources |= dict.fromkeys((parts[name] for name in GPU_PARTS), NO_GPU)
-    if size == 1:
-        sources[parts[TENSOR_PARALLEL]] = OFF
-    elif pages:
-        sources[parts[TENSOR_PARALLEL]] = YOURS if parts[TENSOR_PARALLEL] in yours else REFERENCE
-    else:
-        raise ValueError(
-            f"--tensor-parallel {size} needs week 3's engine: pass the suite of one of its labs, "
-            "or write week3 into progress/reference.txt, or ask for --engine solutions"
-        )
+    for name in (SPECULATIVE, TENSOR_PARALLEL):
+        if name not in asked:
+            sources[parts[name]] = OFF
+        elif pages:
+            sources[parts[name]] = YOURS if parts[name] in yours else REFERENCE
+        else:
+            raise ValueError(
+                f"{asked[name]} needs week 3's engine: pass the suite of one of its labs, or write "
+                "week3 into progress/reference.txt, or ask for --engine solutions"
+            )
     quantizing = parts[QUANTIZATION]
     if quantization is None:
         sources[quantizing] = OFF

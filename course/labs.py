@@ -31,6 +31,7 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "protocol",
         "server",
         "moe",
+        "speculative",
         "tensor_parallel",
     ),
 }

@@ -53,6 +53,7 @@ def serve(wanted: Serving) -> int:
     """Serve until somebody stops the process; returns the exit status."""
     try:
         folder = models.resolve_model(wanted.model, report=talk.tell)
+        wanted = replace(wanted, draft_model=talk.draft_folder(wanted.draft_model))
         tokenizer = models.load_tokenizer(folder)
         assembled, table = _engine(wanted, folder, tokenizer)
     except (LabCrashed, LabUnusable, RanksEnded, models.ModelUnavailable) as error:

@@ -6,12 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from course.engine import Engine
-
-
-def kv_bytes_per_token(config: Any, itemsize: int) -> int:
-    """Return the bytes of keys and values that a token leaves in a model. config: a QwenConfig."""
-    per_layer = 2 * config.num_key_value_heads * config.head_dim * itemsize
-    return config.num_hidden_layers * per_layer
+from course.paged import kv_bytes_per_token
 
 
 def idle_expert_bytes(model: Any) -> float:

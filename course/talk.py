@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from course import models, progress, status, stubs, tracker
@@ -37,7 +38,8 @@ class Request:
     model: a folder, a hub name, or None for the default. engine: "hybrid", "solutions" or "code".
     dtype: "float32" or "bfloat16". quantization: "int8", "int4" or None. device: "cpu" or "cuda";
     None means a GPU where there is one. tensor_parallel: how many processes the model is spread
-    over. until: the last week whose labs take part; None means all.
+    over. speculative, num_drafts: as in `PagedParams`, and draft_model, a folder or a hub name.
+    until: the last week whose labs take part; None means all.
     show_speed: say how fast each answer was, and how fast it is without the labs of later weeks.
     Raises ValueError for max_tokens below 1.
     """
@@ -48,6 +50,9 @@ class Request:
     quantization: str | None = None
     device: str | None = None
     tensor_parallel: int = 1
+    speculative: str | None = None
+    draft_model: str | None = None
+    num_drafts: int = 4
     until: str | None = None
     max_tokens: int = 128
     temperature: float = 0.0
@@ -68,6 +73,7 @@ class Conversation:
         self._device = choose_device(request.device)
         folder = models.resolve_model(request.model, report=tell)
         tokenizer = models.load_tokenizer(folder)
+        self._draft_folder = draft_folder(request.draft_model)
         self._parts = (folder, request.dtype, tokenizer, models.eos_token_ids(folder, tokenizer))
         self.tokenizer = tokenizer
         self._yours, self._switched_on, self.remarks = chosen_labs(request.engine, request.until)
@@ -138,6 +144,9 @@ class Conversation:
             self._device,
             PagedParams(
                 tensor_parallel=request.tensor_parallel,
+                speculative=request.speculative,
+                draft_model=self._draft_folder,
+                num_drafts=request.num_drafts,
                 on_step=self._records.append if request.show_speed else None,
             ),
         )
@@ -153,6 +162,11 @@ class Conversation:
                 self._yours.discard(crash.lab)
                 self._switched_on.add(crash.lab)
                 self.engine = self._assemble()
+
+
+def draft_folder(name: str | None) -> Path | None:
+    """Find the folder of a draft model; None for none."""
+    return None if name is None else models.resolve_model(name, report=tell)
 
 
 def learn(prompt: str) -> int:

@@ -68,9 +68,9 @@ def seed_for(seed: int, purpose: int) -> int:
 class NgramIndex:
     """Find where the last tokens of a text stood before, and guess what followed there.
 
-    min_ngram, max_ngram: how many tokens must stand there again, and how many are looked for.
+    min_ngram, max_ngram: of how many tokens the shortest and the longest run is that is looked for.
     Raises ValueError, which gives both, unless 1 <= min_ngram <= max_ngram.
-    A call takes no longer because the text is longer.
+    The text is empty in the beginning. A call takes no longer because the text is longer.
     Source: prompt lookup decoding, Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding.
     """
 
@@ -92,11 +92,12 @@ class NgramIndex:
             self._token_ids.append(token_id)
 
     def propose(self, num_drafts: int) -> list[int]:
-        """Guess the next num_drafts tokens; returns [] where nothing stood before.
+        """Guess the next num_drafts tokens; returns as many, or [] where nothing stood before.
 
-        Of the n-grams that the text ends with, the longest one counts that stands anywhere before
-        its end, and of the places where it stands, the last one. What follows there is guessed,
-        up to the end of the text, and from there on the guesses themselves are what follows.
+        Of the runs of min_ngram to max_ngram tokens that the text ends with, the longest one counts
+        that stands somewhere before its end too, where it may overlap with the end; of the places
+        where it stands, the last one. What follows there is guessed, up to the end of the text, and
+        from there on the guesses themselves are what follows.
         """
         for ngram in reversed(self._last_ngrams()):
             place = self._followers.get(ngram)
@@ -113,8 +114,9 @@ class NgramIndex:
 class DraftLength:
     """Say how many tokens are worth guessing for one request, from what became of the last guesses.
 
-    most: never more, at least 1.
+    most: never more; from 1 to 64.
     When all guesses are accepted, again and again, it is most after at most 10 steps with guesses.
+    As long as each step with guesses has some that are accepted, every step has guesses.
     While none is accepted, at most 1 step in 20 has guesses, counted over 1,000 steps, and after
     the first 20 steps never more than one guess. However long that went on: when guesses begin to
     be accepted, it is most again within 100 steps.
@@ -125,14 +127,18 @@ class DraftLength:
         self._pause = self._wait = 0
 
     def next(self) -> int:
-        """Say how many tokens to guess in the coming step; called once a step."""
+        """Say how many tokens to guess in the coming step, 0 for none; called once a step."""
         if self._wait:
             self._wait -= 1
             return 0
         return self._length
 
     def update(self, num_drafts: int, num_accepted: int) -> None:
-        """Take in what became of the guesses of a step; num_drafts is at least 1."""
+        """Take in what became of the guesses of a step; it is not called for one that had none.
+
+        num_drafts: how many there were, from 1 to what `next` said. num_accepted: how many of them
+        were accepted.
+        """
         if num_accepted == num_drafts:
             self._length, self._pause = min(self._most, 2 * self._length), 0
         elif num_accepted:
@@ -152,7 +158,8 @@ def verify(
     drafts: of each request; without token_ids where nothing is guessed. expected: (rows,
         vocab_size) float32, one request behind the other: for each guess how likely each token is
         in its place by the model, and one row more, for the place behind the last guess.
-    seeds: of the requests. places: where in its sequence each request's next token will stand.
+    seeds: of the requests. places: where in its sequence each request's next token will stand. All
+        are left as they were.
     Returns for each request its next tokens: of its guesses the first ones, as many as are
     accepted, and one token more, which is not the guess that stood there.
     Tokens come out with the probabilities that the model gives them, whatever was guessed, and
@@ -165,18 +172,27 @@ def verify(
     """
     device = expected.device
     counts = [len(draft.token_ids) + 1 for draft in drafts]
-    of_rows = [i for i, count in enumerate(counts) for _ in range(count)]
-    row_seeds = torch.tensor([seeds[i] for i in of_rows], device=device)
-    row_places = torch.tensor(
-        [place + j for place, count in zip(places, counts, strict=True) for j in range(count)],
-        device=device,
-    )
+    noise = [
+        (seed, place + i)
+        for seed, place, count in zip(seeds, places, counts, strict=True)
+        for i in range(count)
+    ]
+    row_seeds, row_places = torch.tensor(noise, device=device).unbind(1)
+    starts = [*itertools.accumulate(counts, initial=0)]
+    drawn = [
+        (start + i, token_id)
+        for start, draft in zip(starts, drafts, strict=False)
+        if draft.probabilities is not None
+        for i, token_id in enumerate(draft.token_ids)
+    ]
+    if drawn:
+        rows, guesses = torch.tensor(drawn, device=device).unbind(1)
+        drawn_from = torch.cat([d.probabilities for d in drafts if d.probabilities is not None])
+        accepting = [seed_for(noise[row][0], ACCEPTING) for row, _ in drawn]
+        of_rows = torch.tensor(accepting, device=device), row_places[rows]
+        judged = _judge(expected[rows], drawn_from, guesses, *of_rows)
+        expected = expected.index_copy(0, rows, judged)
     chosen = draw(expected, row_seeds, row_places).tolist()
-    starts = [0, *itertools.accumulate(counts)]
-    for start, seed, place, draft in zip(starts, seeds, places, drafts, strict=False):
-        if draft.probabilities is not None and draft.token_ids:
-            end = start + len(draft.token_ids)
-            chosen[start:end] = _judge(draft, expected[start:end], seed, place)
     return [
         _up_to_other(chosen[start : start + count], draft.token_ids)
         for start, count, draft in zip(starts, counts, drafts, strict=False)
@@ -187,14 +203,20 @@ class DraftModel:
     """Let a small model guess, with a KV pool of its own.
 
     model: its vocabulary is that of the model that judges. num_blocks, block_size: of its pool.
-    max_num_seqs, token_budget, max_model_len, make_attend: as in `ModelRunner`; max_model_len is at
-        most the model's context.
+    max_num_seqs, token_budget: how many requests, and how many tokens, a pass has at most, whatever
+        is asked for. max_model_len: at most the model's context; a text and its guesses together
+        are never longer. make_attend: as in `ModelRunner`.
     A `Proposer`. Each guess is drawn from the model's own `probabilities` for it, which are those
-    of the request's parameters behind its tokens and the guesses before this one, with a seed of
-    `seed_for` the purpose DRAFTING.
-    Of a text, each token is computed once, as long as what was guessed is what came, and in chunks
-    of token_budget. A request gets no guesses when no blocks are free for them, and no more than
-    fit into max_model_len. Nothing is kept of who is removed.
+    of the request's parameters behind its tokens and the guesses before this one, with noise from
+    `seed_for` the purpose DRAFTING and the place that the guess will have.
+    A request gets fewer guesses than asked for, or none, where its text would be too long; and none
+    when the free blocks do not hold its text and all of its guesses but the last, after those that
+    stand before it in lengths have got theirs. It keeps its blocks until it is removed. Nothing is
+    kept of who is removed.
+    Each token of a text goes through the model once, and each guess but the last one of a call.
+    What was refused is no part of the text; what was guessed and came does not go through again.
+    Only the last token of a text may do so, for its scores. All who guess share passes: where the
+    budget is enough, a call has as many as the largest number of guesses.
     """
 
     def __init__(
@@ -233,8 +255,8 @@ class DraftModel:
 
     def propose(self, lengths: Mapping[str, int]) -> dict[str, Draft]:
         """Guess the tokens that follow those that some requests have; see `Proposer`."""
-        begun = {name: count for name, count in lengths.items() if self._begin(name, count)}
-        left = begun
+        rooms = {name: self._begin(name, count) for name, count in lengths.items()}
+        left = begun = {name: room for name, room in rooms.items() if room}
         while left:
             self._step(left)
             left = {
@@ -244,13 +266,15 @@ class DraftModel:
             }
         return {name: self._requests[name].draft() for name in begun}
 
-    def _begin(self, request_id: str, num_drafts: int) -> bool:
-        """Go back to the text as it is; returns whether there is room for guesses."""
+    def _begin(self, request_id: str, num_drafts: int) -> int:
+        """Go back to the text as it is; returns for how many guesses there is room."""
         request = self._requests[request_id]
         request.go_back()
+        num_drafts = min(num_drafts, self._max_model_len - request.num_tokens)
         # The last guess is not computed.
         num_tokens = request.num_tokens + num_drafts - 1
-        return num_tokens <= self._max_model_len and self._blocks.allocate(request_id, num_tokens)
+        has_room = num_drafts > 0 and self._blocks.allocate(request_id, num_tokens)
+        return num_drafts if has_room else 0
 
     def _step(self, request_ids: Iterable[str]) -> None:
         """Compute a chunk of what requests lack; those that lack nothing any more get a guess."""
@@ -312,9 +336,9 @@ class NgramProposer:
 class Speculation:
     """Speculative decoding for an `Engine`: its `Speculator`.
 
-    proposer: where guesses come from. most: of a request's guesses in one step. max_step_tokens: a
-    step of the model costs about the same up to so many tokens; guesses are made as long as no
-    more are in the step, an equal number for each request that may have so many.
+    proposer: where guesses come from. most: a request's guesses in one step, see `DraftLength`.
+    max_step_tokens: a step costs about the same up to so many tokens; all requests share what is
+        left of them for guesses, and get equally many at the most.
     """
 
     def __init__(self, proposer: Proposer, most: int, max_step_tokens: int):
@@ -378,14 +402,14 @@ class Speculation:
 class _Drafting:
     """What a draft model has of a request.
 
-    state: of the request. own: the same, with the guesses among its output_ids. num_known: so many
-    tokens were the text when guesses began last, and stay. num_computed_tokens: have their KV.
+    state: of the request. own: the same, with the guesses among its output_ids. num_outputs: so
+    many of these were no guesses when guessing began last. num_computed_tokens: have their KV.
     drawn_from: a distribution for each guess.
     """
 
     state: SamplingState
     own: SamplingState
-    num_known: int = 0
+    num_outputs: int = 0
     num_computed_tokens: int = 0
     drawn_from: list[Tensor] = field(default_factory=list)
 
@@ -395,14 +419,11 @@ class _Drafting:
 
     def go_back(self) -> None:
         """Make own the text as it is, and keep of what is computed what is still right."""
-        guessed = self.own.output_ids
-        same = max(0, self.num_known - len(self.own.prompt_ids))
-        for token_id, guess in zip(self.state.output_ids[same:], guessed[same:], strict=False):
-            if token_id != guess:
-                break
-            same += 1
-        self.own.output_ids[:] = self.state.output_ids
-        self.num_known = self.num_tokens
+        same = self.num_outputs
+        came = zip(self.state.output_ids[same:], self.own.output_ids[same:], strict=False)
+        same += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], came))
+        self.own.output_ids[same:] = self.state.output_ids[same:]
+        self.num_outputs = len(self.own.output_ids)
         right = len(self.own.prompt_ids) + same
         # The scores behind the last token are needed anew.
         self.num_computed_tokens = min(self.num_computed_tokens, right, self.num_tokens - 1)
@@ -418,28 +439,26 @@ class _Drafting:
         return Scheduled(request_id, start, token_ids, 0, catches_up)
 
     def draft(self) -> Draft:
-        token_ids = tuple(self.own.output_ids[len(self.state.output_ids) :])
+        token_ids = tuple(self.own.output_ids[self.num_outputs :])
         return Draft(token_ids, torch.stack(self.drawn_from))
 
 
-def _judge(draft: Draft, expected: Tensor, seed: int, place: int) -> list[int]:
-    """Say for each guess that was drawn what stands in its place; itself where it is accepted."""
-    assert draft.probabilities is not None
-    guesses = torch.tensor(draft.token_ids, device=expected.device)
-    drawn_from, index = draft.probabilities, guesses[:, None]
+def _judge(
+    expected: Tensor, drawn_from: Tensor, guesses: Tensor, seeds: Tensor, places: Tensor
+) -> Tensor:
+    """Accept or refuse guesses, one a row; returns what is left to draw the token from.
+
+    Where the guess is accepted, it is certain; where not, it is what drawn_from gives too seldom.
+    """
+    index = guesses[:, None]
     accepted = (expected.gather(1, index) / drawn_from.gather(1, index)).clamp(max=1.0)
-    count = len(draft.token_ids)
-    places = torch.arange(place, place + count, device=expected.device)
-
-    def seeds(purpose: int) -> Tensor:
-        return torch.tensor([seed_for(seed, purpose)] * count, device=expected.device)
-
-    is_accepted = draw(torch.cat((1.0 - accepted, accepted), 1), seeds(ACCEPTING), places).bool()
+    is_accepted = draw(torch.cat((1.0 - accepted, accepted), 1), seeds, places).bool()
+    itself = torch.zeros_like(expected).scatter(1, index, 1.0)
     missing = (expected - drawn_from).clamp(min=0.0)
     total = missing.sum(1, keepdim=True)
-    # Where nothing is missing, nothing is refused.
+    # Where nothing is missing, nothing is refused, but by the last bits of the sums.
     missing = torch.where(total > 0, missing / total, expected)
-    return torch.where(is_accepted, guesses, draw(missing, seeds(0), places)).tolist()
+    return torch.where(is_accepted[:, None], itself, missing)
 
 
 def _up_to_other(chosen: Sequence[int], guesses: Sequence[int]) -> list[int]:

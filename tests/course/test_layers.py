@@ -35,6 +35,7 @@ NUM_TESTS = {
     "week3/protocol": 406,
     "week3/server": 455,
     "week3/moe": 441,
+    "week3/speculative": 437,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,
