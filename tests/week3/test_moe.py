@@ -175,9 +175,10 @@ def test_route_is_that_of_transformers(seed, norm):
         hidden_size=16, num_experts=11, num_experts_per_tok=3, norm_topk_prob=norm
     )
     router = qwen3_moe.Qwen3MoeTopKRouter(config)
-    router.weight.data = random(11, 16, seed=seed).cpu()
+    # Not so large that two experts have the probability 0, and are equal.
+    router.weight.data = random(11, 16, seed=seed).clamp(-2, 2).cpu()
     with torch.no_grad():
-        logits, weights, ids = router(random(7, 16, seed=seed + 9).cpu())
+        logits, weights, ids = router(random(7, 16, seed=seed + 9).clamp(-2, 2).cpu())
     got = moe.route(logits.to(DEVICE), 3, norm)
     of = f"route(logits: (7, 11), 3, {norm}), against Qwen3MoeTopKRouter"
     check_equal(got[1].cpu(), ids, "expert_ids", of=of)
@@ -508,7 +509,7 @@ PROGRAMS = {
     "one row, 64 experts": ([1] + [0] * 63, 16),
     "two rows, 202 experts": ([1, 1] + [0] * 200, 40),
     "one full tile, ten experts": ([0] * 9 + [16], 16),
-    "a row each": ([1] * 30, 33),
+    "a row each": ([1] * 30, 16),
     "few experts": ([100, 0, 28], 16),
     "many rows": ([300, 200], 70),
 }
