@@ -28,7 +28,7 @@ NUM_TESTS = {
     "week3/prefix_caching": 230,
     "week3/scheduler": 375,
     "week3/paged_attention": 358,
-    "week3/paged_kernels": 453,
+    "week3/paged_kernels": 464,
     "week3/model_runner": 201,
     "week3/engine": 280,
     "week3/async_engine": 120,
