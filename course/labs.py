@@ -96,6 +96,11 @@ class Lab:
     def note(self) -> Path:
         return ROOT / "sessions" / self.week / f"{self.stem}.md"
 
+    @property
+    def answers(self) -> Path:
+        """What the predictions of its note come to, with those of the labs beside it."""
+        return self.tests.with_name("answers.toml")
+
 
 def week_labs() -> list[Lab]:
     """Every lab of the weeks in teaching order: what the engine is made of."""

@@ -243,7 +243,8 @@ def refusal_of(error: Exception) -> RequestError:
 def error_response(error: Exception) -> JSONResponse:
     """Answer with an error: the status and `error_body` of its refusal.
 
-    429 has the header Retry-After, RETRY_AFTER_SECONDS. The headers of an HTTPException are kept.
+    The headers of an HTTPException are kept. 429 has the header Retry-After: RETRY_AFTER_SECONDS,
+    unless the HTTPException has brought its own, in whatever case its name is written.
     """
     raise NotImplementedError(
         "week3/server.py: error_response is not written yet → sessions/week3/server.md"
@@ -295,7 +296,7 @@ async def encode_chat(body: ChatRequest, tokenizer: Any) -> list[int]:
     unless tool_choice is "none", and writes a text; its special tokens stand in it already. While
     the tokenizer works, the event loop is free for others.
     Raises RequestError 400, which names "messages" and tells the error's text, for a TemplateError,
-    ValueError or TypeError of the template.
+    ValueError or TypeError of the template; what else goes wrong is raised as it is.
     """
     raise NotImplementedError(
         "week3/server.py: encode_chat is not written yet → sessions/week3/server.md"
@@ -330,7 +331,8 @@ async def watched(handle: RequestHandle, metrics: Metrics, arrived: float) -> As
     time since the one before: tokens that come together share the time since the last ones evenly,
     and beside the first one they took 0. A delta without choices brings no token. `ended` gets the
     time since arrived, once, when the request ends or nobody asks for more, and as the reason: the
-    finish_reason, if it has come; "error" when the handle raises; "abort" in any other case.
+    finish_reason, if it has come, whatever follows; else "error" when the handle raises; else
+    "abort".
     """
     raise NotImplementedError(
         "week3/server.py: watched is not written yet → sessions/week3/server.md"
@@ -355,9 +357,9 @@ async def stream(submission: Submission, include_usage: bool) -> AsyncIterator[s
 
     The opening comes before any delta; what a delta brings, at once, with the place of its handle
     as the index; the closing when all choices have ended, and nothing behind it.
-    When anything is raised, the last event is instead the `error_body` of its refusal, with nothing
-    else in it. However it ends, `merged` ends with it. What is written for a client who has left is
-    nobody's concern.
+    When anything is raised, `merged` ends, and then the last event is instead the `error_body` of
+    its refusal, with nothing else in it. However the stream ends, `merged` has ended by then, also
+    when it is closed. What is written for a client who has left is nobody's concern.
     """
     raise NotImplementedError(
         "week3/server.py: stream is not written yet → sessions/week3/server.md"
@@ -368,7 +370,7 @@ async def whole(submission: Submission) -> dict[str, Any]:
     """Wait for all choices, and return their `whole_answer`.
 
     The index of a choice is the place of its handle. Raises what `merged` raises. However it ends,
-    `merged` ends with it. What comes out when the client has left is nobody's concern.
+    `merged` has ended by then. What comes out when the client has left is nobody's concern.
     """
     raise NotImplementedError(
         "week3/server.py: whole is not written yet → sessions/week3/server.md"

@@ -255,14 +255,15 @@ def refusal_of(error: Exception) -> RequestError:
 def error_response(error: Exception) -> JSONResponse:
     """Answer with an error: the status and `error_body` of its refusal.
 
-    429 has the header Retry-After, RETRY_AFTER_SECONDS. The headers of an HTTPException are kept.
+    The headers of an HTTPException are kept. 429 has the header Retry-After: RETRY_AFTER_SECONDS,
+    unless the HTTPException has brought its own, in whatever case its name is written.
     """
     refusal = refusal_of(error)
-    headers = dict(getattr(error, "headers", None) or {})
-    if refusal.status == 429:
-        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     content = error_body(refusal.status, str(refusal), refusal.param)
-    return JSONResponse(content, refusal.status, headers)
+    response = JSONResponse(content, refusal.status, getattr(error, "headers", None))
+    if refusal.status == 429:
+        response.headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
+    return response
 
 
 class Guard:
@@ -347,7 +348,7 @@ async def encode_chat(body: ChatRequest, tokenizer: Any) -> list[int]:
     unless tool_choice is "none", and writes a text; its special tokens stand in it already. While
     the tokenizer works, the event loop is free for others.
     Raises RequestError 400, which names "messages" and tells the error's text, for a TemplateError,
-    ValueError or TypeError of the template.
+    ValueError or TypeError of the template; what else goes wrong is raised as it is.
     """
     messages = [plain_message(message) for message in body.messages]
     tools = None if body.tool_choice == "none" else body.tools
@@ -410,9 +411,10 @@ async def watched(handle: RequestHandle, metrics: Metrics, arrived: float) -> As
     time since the one before: tokens that come together share the time since the last ones evenly,
     and beside the first one they took 0. A delta without choices brings no token. `ended` gets the
     time since arrived, once, when the request ends or nobody asks for more, and as the reason: the
-    finish_reason, if it has come; "error" when the handle raises; "abort" in any other case.
+    finish_reason, if it has come, whatever follows; else "error" when the handle raises; else
+    "abort".
     """
-    last, num_tokens, reason = arrived, 0, "abort"
+    last, num_tokens, reason = arrived, 0, None
     try:
         async for delta in handle:
             now = metrics.now()
@@ -428,10 +430,10 @@ async def watched(handle: RequestHandle, metrics: Metrics, arrived: float) -> As
             reason = delta.finish_reason or reason
             yield delta
     except Exception:
-        reason = "error"
+        reason = reason or "error"
         raise
     finally:
-        metrics.ended(reason, metrics.now() - arrived)
+        metrics.ended(reason or "abort", metrics.now() - arrived)
 
 
 async def merged(submission: Submission) -> AsyncIterator[tuple[int, Delta]]:
@@ -486,9 +488,9 @@ async def stream(submission: Submission, include_usage: bool) -> AsyncIterator[s
 
     The opening comes before any delta; what a delta brings, at once, with the place of its handle
     as the index; the closing when all choices have ended, and nothing behind it.
-    When anything is raised, the last event is instead the `error_body` of its refusal, with nothing
-    else in it. However it ends, `merged` ends with it. What is written for a client who has left is
-    nobody's concern.
+    When anything is raised, `merged` ends, and then the last event is instead the `error_body` of
+    its refusal, with nothing else in it. However the stream ends, `merged` has ended by then, also
+    when it is closed. What is written for a client who has left is nobody's concern.
     """
     writer = StreamWriter(submission.head, submission.decode, include_usage)
     try:
@@ -509,7 +511,7 @@ async def whole(submission: Submission) -> dict[str, Any]:
     """Wait for all choices, and return their `whole_answer`.
 
     The index of a choice is the place of its handle. Raises what `merged` raises. However it ends,
-    `merged` ends with it. What comes out when the client has left is nobody's concern.
+    `merged` has ended by then. What comes out when the client has left is nobody's concern.
     """
     async with contextlib.aclosing(merged(submission)) as deltas:
         found = [pair async for pair in deltas]
