@@ -5,18 +5,19 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
+from torch import Tensor
 from tqdm import tqdm
 
 from week1.generate import IncrementalDetokenizer, StopMatcher
 from week1.gqa import Attend
 from week1.qwen import Qwen, QwenConfig
 from week1.sampling import SamplingParams
-from week3.model_runner import Choice, ModelRunner, SamplingState
+from week3.model_runner import Choice, ModelRunner, SamplingState, choose_one
 from week3.paged_attention import PagedBatch, PagedKVCache, paged_attend, paged_cache_for
 from week3.prefix_caching import CachingBlockManager
-from week3.scheduler import Output, Request, Scheduler, Step
+from week3.scheduler import NO_DRAFTS, Output, Request, Scheduled, Scheduler, Step
 
 __all__ = ["plan_pool", "TextStream", "Engine", "LLM"]
 
@@ -121,6 +122,27 @@ class Completion:
         return [choice.token_id for choice in self.choices]
 
 
+class Speculator(Protocol):
+    """Guess the next tokens of requests, and say which guesses are accepted."""
+
+    def add(self, request_id: str, state: SamplingState) -> None:
+        """Get to know a request before its first step. state: the one that its runner has."""
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request that has ended; nothing happens when it is not known."""
+
+    def propose(self, request_ids: Sequence[str]) -> Mapping[str, Sequence[int]]:
+        """Guess the tokens that follow those that some requests have.
+
+        Returns request_id → its guesses, without those for which there is none.
+        """
+
+    def choose(
+        self, logits: Tensor, parts: Sequence[Scheduled], states: Sequence[SamplingState]
+    ) -> list[list[Choice]]:
+        """Choose tokens as week3/model_runner.py's `choose_one` says, with guesses too."""
+
+
 def plan_pool(
     config: QwenConfig,
     num_bytes: int,
@@ -152,6 +174,7 @@ def plan_pool(
 def step_record(
     number: int,
     step: Step,
+    num_accepted: int,
     deltas: Sequence[Delta],
     times: Sequence[float],
     scheduler: Scheduler,
@@ -159,8 +182,9 @@ def step_record(
 ) -> dict[str, Any]:
     """Describe a step for a trace, in what JSON can hold.
 
-    number: how many steps came before it. times: of time.perf_counter, when it began, was planned,
-    was computed, and when all was taken in. The fields are explained in sessions/week3/trace.md.
+    number: how many steps came before it. num_accepted: how many guesses were accepted. times: of
+    time.perf_counter, when it began, was planned, was computed, and when all was taken in. The
+    fields are explained in sessions/week3/trace.md.
     """
     start, planned, computed, end = times
     return {
@@ -174,11 +198,13 @@ def step_record(
                 "request_id": part.request_id,
                 "num_computed_tokens": part.num_computed_tokens,
                 "num_tokens": len(part.token_ids),
+                "num_drafts": part.num_drafts,
                 "catches_up": part.catches_up,
                 "block_table": list(blocks.block_table(part.request_id)),
             }
             for part in step.parts
         ],
+        "num_accepted": num_accepted,
         "preempted": list(step.preempted),
         "finished": {d.request_id: d.finish_reason for d in deltas if d.finish_reason},
         "num_waiting": scheduler.num_waiting,
@@ -250,8 +276,12 @@ class Engine:
         `ModelRunner`.
     on_step: called at the end of each step with its `step_record`; with None, none is made. There
         is none either of a `step` that has nothing to compute, or fails.
+    speculator: with None, nothing is guessed. It is asked for guesses once a step, for the requests
+        that got tokens in the step before and go on, and only where there are any.
     limits; blocks, the `CachingBlockManager`; and scheduler, the `Scheduler`, are kept under these
-    names, for whoever wants to know how full the engine is.
+    names, for whoever wants to know how full the engine is. So are num_drafts, how often a request
+    had guesses in a step; num_draft_tokens, how many guesses these were; and num_accepted_tokens,
+    how many of them were accepted.
     A request gets what week 1's `generate` returns for it alone, whoever runs beside it and whoever
     loses blocks. Nothing is kept of who has ended; when nobody waits or runs, all blocks are free.
     For one thread only; `AsyncEngine` is for several.
@@ -267,6 +297,7 @@ class Engine:
         limits: EngineLimits,
         make_attend: Callable[[PagedKVCache, PagedBatch], Attend] = paged_attend,
         on_step: Callable[[dict[str, Any]], None] | None = None,
+        speculator: Speculator | None = None,
     ):
         context = model.config.max_position_embeddings
         if limits.max_model_len > context:
@@ -284,9 +315,13 @@ class Engine:
         of_steps = limits.max_num_seqs, limits.token_budget, limits.max_model_len
         self.scheduler = Scheduler(self.blocks, *of_steps)
         cache = paged_cache_for(model, limits.num_blocks, limits.block_size)
-        self._runner = ModelRunner(model, cache, self.blocks, *of_steps, make_attend)
+        self._speculator = speculator
+        choose = choose_one if speculator is None else speculator.choose
+        self._runner = ModelRunner(model, cache, self.blocks, *of_steps, make_attend, choose)
         self._streams: dict[str, TextStream] = {}
+        self._grown: list[str] = []  # who got tokens in the last step
         self._num_steps = 0
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
 
     @property
     def num_unfinished(self) -> int:
@@ -335,6 +370,8 @@ class Engine:
             params.logprobs,
         )
         self._runner.add(request_id, state)
+        if self._speculator is not None:
+            self._speculator.add(request_id, state)
         self._streams[request_id] = TextStream(self._decode, params.stop)
 
     def abort(self, request_id: str) -> None:
@@ -351,48 +388,71 @@ class Engine:
         go on with the next step.
         """
         start = time.perf_counter()
-        step = self.scheduler.schedule()
+        try:
+            drafts = self._propose()
+        except Exception as error:
+            self._give_up(self._grown, None, error)
+        step = self.scheduler.schedule(drafts)
         if not step.parts:
             return []
         planned = time.perf_counter()
         try:
             chosen = self._runner.execute(step)
         except Exception as error:
-            self._give_up(step, error)
+            self._give_up([part.request_id for part in step.parts], step, error)
         computed = time.perf_counter()
-        # Asked before `update`, after which the scheduler knows nothing of those that ended.
-        cached = {name: self.scheduler.num_cached(name) for name in chosen}
-        outputs = self.scheduler.update(
-            step, {request_id: (choice.token_id,) for request_id, choice in chosen.items()}
-        )
-        deltas = [self._delta(output, chosen, cached) for output in outputs]
-        deltas = [delta for delta in deltas if delta.text or delta.choices or delta.finish_reason]
-        self._free_when_idle()
+        deltas, num_accepted = self._take_in(step, chosen)
         if self._on_step is not None:
             times = start, planned, computed, time.perf_counter()
-            self._on_step(
-                step_record(self._num_steps, step, deltas, times, self.scheduler, self.blocks)
-            )
+            of_step = self._num_steps, step, num_accepted, deltas, times
+            self._on_step(step_record(*of_step, self.scheduler, self.blocks))
         self._num_steps += 1
         return deltas
 
-    def _give_up(self, step: Step, error: Exception) -> NoReturn:
-        request_ids = [part.request_id for part in step.parts]
+    def _propose(self) -> Mapping[str, Sequence[int]]:
+        self._grown = [name for name in self._grown if name in self._streams]
+        if self._speculator is None or not self._grown:
+            return NO_DRAFTS
+        return self._speculator.propose(self._grown)
+
+    def _take_in(
+        self, step: Step, chosen: Mapping[str, Sequence[Choice]]
+    ) -> tuple[list[Delta], int]:
+        """Take in what a step has chosen; returns the deltas, and how many guesses held."""
+        # Asked before `update`, after which the scheduler knows nothing of those that ended.
+        cached = {name: self.scheduler.num_cached(name) for name in chosen}
+        outputs = self.scheduler.update(
+            step, {name: [one.token_id for one in choices] for name, choices in chosen.items()}
+        )
+        self._grown = [output.request_id for output in outputs]
+        deltas = [self._delta(output, chosen[output.request_id], cached) for output in outputs]
+        deltas = [delta for delta in deltas if delta.text or delta.choices or delta.finish_reason]
+        self._free_when_idle()
+        num_accepted = sum(len(choices) - 1 for choices in chosen.values())
+        self.num_accepted_tokens += num_accepted
+        self.num_draft_tokens += sum(part.num_drafts for part in step.parts)
+        self.num_drafts += sum(part.num_drafts > 0 for part in step.parts)
+        return deltas, num_accepted
+
+    def _give_up(self, request_ids: Sequence[str], step: Step | None, error: Exception) -> NoReturn:
         for request_id in request_ids:
             self._end(request_id)
-        # Nothing of an aborted request is published, so that no KV is found that is not there.
-        self.scheduler.update(step, {})
+        if step is not None:
+            # Nothing of an aborted request is published: no KV is found that is not there.
+            self.scheduler.update(step, {})
         self._free_when_idle()
         raise StepFailed(request_ids) from error
 
-    def _delta(
-        self, output: Output, chosen: Mapping[str, Choice], cached: Mapping[str, int]
-    ) -> Delta:
+    def _delta(self, output: Output, chosen: Sequence[Choice], cached: Mapping[str, int]) -> Delta:
         request_id, finish_reason = output.request_id, output.finish_reason
         stream = self._streams[request_id]
         text, shown = "", []
-        if output.token_ids:
-            text, shown = stream.add(chosen[request_id])
+        # Of accepted guesses, those behind the token that ended the request are no part of it.
+        for choice in chosen[: len(output.token_ids)]:
+            piece, certain = stream.add(choice)
+            text, shown = text + piece, shown + certain
+            if stream.matched is not None:
+                break
         if stream.matched is not None:
             self.scheduler.abort(request_id)
         if stream.matched is not None or finish_reason is not None:
@@ -415,6 +475,8 @@ class Engine:
 
     def _forget(self, request_id: str) -> None:
         self._runner.remove(request_id)
+        if self._speculator is not None:
+            self._speculator.remove(request_id)
         self._streams.pop(request_id, None)
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -424,8 +486,8 @@ class Engine:
 class LLM:
     """Answer a list of prompts, together.
 
-    model, tokenizer, eos_token_ids, limits, make_attend: as in `Engine`. The tokenizer is called
-        for encoding too.
+    model, tokenizer, eos_token_ids, limits, make_attend, speculator: as in `Engine`. The tokenizer
+        is called for encoding too, as encode(text).
     engine, an `Engine` of which nobody else makes use, is kept under this name.
     """
 
@@ -436,9 +498,12 @@ class LLM:
         eos_token_ids: Collection[int],
         limits: EngineLimits,
         make_attend: Callable[[PagedKVCache, PagedBatch], Attend] = paged_attend,
+        speculator: Speculator | None = None,
     ):
         self._tokenizer = tokenizer
-        self.engine = Engine(model, tokenizer, eos_token_ids, limits, make_attend)
+        self.engine = Engine(
+            model, tokenizer, eos_token_ids, limits, make_attend, speculator=speculator
+        )
 
     def generate(
         self,

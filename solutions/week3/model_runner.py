@@ -1,5 +1,6 @@
 """Run a planned step: its tokens through the model in one pass, and its choices in one batch."""
 
+import itertools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,10 @@ from week3.block_manager import BlockManager
 from week3.paged_attention import PagedBatch, PagedKVCache, paged_attend
 from week3.scheduler import Scheduled, Step
 
-__all__ = ["sample", "ModelRunner"]
+__all__ = ["probabilities", "make_choices", "sample", "ModelRunner"]
+
+# The seam where guesses are judged: called as `choose_one` is.
+Choose = Callable[[Tensor, Sequence[Scheduled], Sequence["SamplingState"]], list[list["Choice"]]]
 
 
 @dataclass(frozen=True)
@@ -56,28 +60,66 @@ class SamplingState:
             self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
 
 
+def probabilities(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """Say how likely each token is to be the next one of several requests.
+
+    logits: (rows, vocab_size) float32, one row a request; left as it was. states: of these
+        requests, in the same order; left as they were.
+    The bias comes first, then penalties, the ban of end-of-sequence ids, temperature and filters.
+    Returns (rows, vocab_size) float32; rows sum to 1. A request gets what it would get alone,
+    whoever its neighbours are.
+    """
+    return _probabilities(_adjust(logits, states), states)
+
+
+def make_choices(
+    logits: Tensor, token_ids: Sequence[int], states: Sequence[SamplingState]
+) -> list[Choice]:
+    """Tell chosen tokens with the logprobs that their requests ask for.
+
+    logits, states: as in `sample`; left as they were. token_ids: one a row.
+    """
+    if all(state.num_logprobs is None for state in states):
+        return [Choice(token_id) for token_id in token_ids]
+    logprobs = torch.log_softmax(logits, -1)
+    return [
+        _with_logprobs(token_id, row, state.num_logprobs)
+        for token_id, row, state in zip(token_ids, logprobs, states, strict=True)
+    ]
+
+
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Choice]:
     """Choose the next token of several requests.
 
     logits: (rows, vocab_size) float32, one row a request; left as it was. states: of these
         requests, in the same order; left as they were.
-    The bias comes first, then penalties, the ban of end-of-sequence ids, temperature and filters,
-    and a draw with noise from the request's seed and the place that the token will have, as in
-    `Sampler`. A request gets what it would get alone, whoever its neighbours are.
+    Each token is drawn by its `probabilities`, with noise from the request's seed and the place
+    that the token will have, as in `Sampler`. A request gets what it would get alone, whoever its
+    neighbours are.
     """
     adjusted = _adjust(logits, states)
     if all(state.params.temperature == 0.0 for state in states):
         token_ids = adjusted.argmax(-1)
     else:
-        token_ids = _draw(adjusted, states)
-    chosen = token_ids.tolist()
-    if all(state.num_logprobs is None for state in states):
-        return [Choice(token_id) for token_id in chosen]
-    logprobs = torch.log_softmax(logits, -1)
-    return [
-        _with_logprobs(token_id, row, state.num_logprobs)
-        for token_id, row, state in zip(chosen, logprobs, states, strict=True)
-    ]
+        places = [len(state.prompt_ids) + len(state.output_ids) for state in states]
+        seeds = torch.tensor([state.seed for state in states], device=logits.device)
+        positions = torch.tensor(places, device=logits.device)
+        token_ids = draw(_probabilities(adjusted, states), seeds, positions)
+    return make_choices(logits, token_ids.tolist(), states)
+
+
+def choose_one(
+    logits: Tensor, parts: Sequence[Scheduled], states: Sequence[SamplingState]
+) -> list[list[Choice]]:
+    """Choose the next token of each request of a step that has no guesses.
+
+    logits: (rows, vocab_size) float32; of each part, one part behind the other, the scores behind
+        its last token that is no guess, and behind every guess. parts: of a step. states: of their
+        requests. All are left as they were.
+    Returns for each part the next tokens of its request: of its guesses, the first ones that are
+    accepted, and one token more. A part without guesses has one row, and gets one token.
+    """
+    return [[choice] for choice in sample(logits, states)]
 
 
 class ModelRunner:
@@ -85,7 +127,8 @@ class ModelRunner:
 
     model, cache: of the same shape. blocks: the scheduler's; its tables say where tokens lie.
     max_num_seqs, token_budget, max_model_len: the scheduler's. make_attend: called in the place of
-        `paged_attend`, once a step.
+        `paged_attend`, once a step. choose: called in the place of `choose_one`, once a step in
+        which somebody catches up, with the parts of those that do.
     A request is known from `add` to `remove`, through preemptions too.
     One step makes one pass of the model over the step's tokens, none of them padded, and scores
     only those behind which something is chosen; nothing is recorded for a backward pass. In the
@@ -104,11 +147,13 @@ class ModelRunner:
         token_budget: int,
         max_model_len: int,
         make_attend: Callable[[PagedKVCache, PagedBatch], Attend] = paged_attend,
+        choose: Choose = choose_one,
     ):
         self._model = model
         self._cache = cache
         self._blocks = blocks
         self._make_attend = make_attend
+        self._choose = choose
         self._states: dict[str, SamplingState] = {}
         max_blocks = -(-max_model_len // blocks.block_size)
         device = model.embed_tokens.weight.device
@@ -125,14 +170,14 @@ class ModelRunner:
         """Forget a request that has ended; nothing happens when it is not known."""
         self._states.pop(request_id, None)
 
-    def execute(self, step: Step) -> dict[str, Choice]:
+    def execute(self, step: Step) -> dict[str, tuple[Choice, ...]]:
         """Compute a step.
 
-        step: from the scheduler, with at least one part and without guesses. The tables of its
-            requests cover their tokens.
-        Returns request_id → its next token, for each request that caught up and is still known.
-        The token counts as one of its output_ids from now on. What was computed for one that is no
-        longer known is of no use, and does no harm.
+        step: from the scheduler, with at least one part. The tables of its requests cover their
+            tokens.
+        Returns request_id → its next tokens, for each request that caught up and is still known.
+        The tokens count as its output_ids from now on. What was computed for one that is no longer
+        known is of no use, and does no harm.
         """
         # Those with one token come first: they are attended together.
         parts = sorted(step.parts, key=lambda part: len(part.token_ids) > 1)
@@ -140,7 +185,7 @@ class ModelRunner:
         input_ids, positions, batch = self._buffers.fill(parts, tables, self._blocks.block_size)
         ends = np.cumsum([len(part.token_ids) for part in parts])
         choosing = [
-            (part.request_id, int(end) - 1)
+            (part, int(end))
             for part, end in zip(parts, ends, strict=True)
             if part.catches_up and part.request_id in self._states
         ]
@@ -148,13 +193,17 @@ class ModelRunner:
             hidden = self._model(input_ids, positions, self._make_attend(self._cache, batch))
             if not choosing:
                 return {}
-            rows = torch.tensor([row for _, row in choosing], device=hidden.device)
+            scored = [range(end - 1 - part.num_drafts, end) for part, end in choosing]
+            rows = torch.tensor([*itertools.chain(*scored)], device=hidden.device)
             logits = self._model.logits(hidden[rows])
-            states = [self._states[request_id] for request_id, _ in choosing]
-            choices = sample(logits, states)
-        for state, choice in zip(states, choices, strict=True):
-            state.output_ids.append(choice.token_id)
-        return {name: choice for (name, _), choice in zip(choosing, choices, strict=True)}
+            caught_up = [part for part, _ in choosing]
+            states = [self._states[part.request_id] for part in caught_up]
+            chosen = self._choose(logits, caught_up, states)
+        for state, choices in zip(states, chosen, strict=True):
+            state.output_ids += [choice.token_id for choice in choices]
+        return {
+            part.request_id: tuple(choices) for part, choices in zip(caught_up, chosen, strict=True)
+        }
 
 
 class _StepBuffers:
@@ -237,22 +286,19 @@ def _has_penalties(params: SamplingParams) -> bool:
     return penalties != (1.0, 0.0, 0.0)
 
 
-def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+def _probabilities(adjusted: Tensor, states: Sequence[SamplingState]) -> Tensor:
     params = [state.params for state in states]
 
     def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)
+        return torch.tensor(values, dtype=dtype, device=adjusted.device)
 
-    probabilities = token_probabilities(
-        logits,
+    return token_probabilities(
+        adjusted,
         column([one.temperature for one in params]),
         column([one.top_k for one in params], torch.int64),
         column([one.top_p for one in params]),
         column([one.min_p for one in params]),
     )
-    places = [len(state.prompt_ids) + len(state.output_ids) for state in states]
-    seeds = column([state.seed for state in states], torch.int64)
-    return draw(probabilities, seeds, column(places, torch.int64))
 
 
 def _with_logprobs(token_id: int, logprobs: Tensor, num_logprobs: int | None) -> Choice:
