@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import Qwen3MoeForCausalLM
 
 from course import tiny
 from course.running import ServerProcess
+from course.speed import idle_expert_bytes
 
 MOE = "code/week3/moe.py"
 LINE = re.compile(r'moe:expert_tokens_total\{expert="(\d+)",layer="(\d+)",model_name="tiny"\} (.*)')
@@ -75,6 +77,19 @@ def test_speed_counts_the_experts_that_a_token_gets(tree, model):
     words = ("course", "chat", "--model", model, "--prompt", "Hi", "--max-tokens", "5")
     chat = tree.run(*words, "--show-speed", "--engine", "solutions")
     assert chat.stdout.count("tokens/s, which read") == 2, chat.stdout
+
+
+def test_idle_experts_are_not_counted():
+    block = SimpleNamespace(
+        tokens_per_expert=torch.zeros(8),
+        moe=SimpleNamespace(num_experts=8, num_experts_per_tok=2),
+        gate_up_proj=torch.zeros(8, 6, 4),
+        down_proj=torch.zeros(8, 4, 3),
+    )
+    layers = [SimpleNamespace(mlp=block), SimpleNamespace(mlp=torch.nn.Linear(4, 4))]
+    model = SimpleNamespace(layers=layers)
+    assert idle_expert_bytes(model) == 6 * (6 * 4 + 4 * 3) * 4
+    assert idle_expert_bytes(SimpleNamespace(layers=layers[1:])) == 0
 
 
 def test_quantizing_experts_is_refused_in_one_line(tree, model):
