@@ -1311,12 +1311,14 @@ def test_draft_model_keeps_nothing_of_who_was_removed():
     with garbage_collected():
         for name in ("before a step", "behind some guesses"):
             guesser.add(name, 6)
-            watched[name] = weakref.ref(guesser.known[name].state)
+            state = guesser.known[name].state
+            watched[name] = weakref.ref(state), weakref.ref(state.params)
+        del state
         guesser.propose(**{"behind some guesses": 3})
         for name in watched:
             guesser.remove(name)
-    alive = sorted(name for name, ref in watched.items() if ref() is not None)
-    check_equal(alive, [], "whose state is still kept", of=guesser.of)
+    alive = sorted(name for name, refs in watched.items() if any(ref() for ref in refs))
+    check_equal(alive, [], "whose state, or params, are still kept", of=guesser.of)
 
 
 def test_draft_model_attends_with_paged_attend_where_nothing_is_said():
