@@ -1,6 +1,7 @@
 """What a session note holds for the tools: predictions, hints, the transfer case, the exit ticket.
 
 A note is YAML front matter between two lines of three dashes, then sections that begin with `## `.
+The answers to its predictions stand in tests/WEEK/answers.toml, where nobody reads them by chance.
 Hints are blocks that a reader opens, `<details><summary>Hint 1: NAME …</summary>`, where NAME is
 what the learner writes.
 """
@@ -11,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 
 import yaml
@@ -20,7 +22,7 @@ from course.stubs import graded_names
 
 # Of a lab; a drill asks one to so many.
 NUM_PREDICTIONS = 3
-_FIELDS = ("id", "ask", "unit", "answer", "tolerance")
+_FIELDS = ("id", "ask", "unit", "tolerance")
 _FRONT_MATTER = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
 _HINT = re.compile(
     r"<details><summary>Hint \d+: (?P<title>(?P<name>\w+)[^<\n]*)</summary>"
@@ -116,11 +118,12 @@ def read(lab: Lab) -> Note:
     shown = lab.note.relative_to(ROOT).as_posix()
     if not lab.note.is_file():
         raise ValueError(f"{shown} does not exist")
+    answers = _answers(lab)
     try:
         text = lab.note.read_text(encoding="utf-8")
         return Note(
             lab,
-            _predictions(_front_matter(text), lab),
+            _predictions(_front_matter(text), lab, answers),
             _hints(text, graded_names(lab)),
             _transfer(text),
             _section(text, "Exit ticket"),
@@ -188,7 +191,25 @@ def _front_matter(text: str) -> dict:
     return matter
 
 
-def _predictions(matter: dict, lab: Lab) -> tuple[Prediction, ...]:
+def _answers(lab: Lab) -> dict[str, str]:
+    """Read a lab's part of answers.toml: id → an expression."""
+    path = lab.tests.with_name("answers.toml")
+    shown = path.relative_to(ROOT).as_posix()
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{shown} cannot be read: {error}") from None
+    answers = table.get(lab.tests.stem.removeprefix("test_"), {})
+    for id, answer in answers.items():
+        try:
+            ast.parse(answer, mode="eval")
+        except SyntaxError as error:
+            text = f"the answer of {id} is no Python expression: {error.msg}"
+            raise ValueError(f"{shown}: {text}") from None
+    return answers
+
+
+def _predictions(matter: dict, lab: Lab, answers: dict[str, str]) -> tuple[Prediction, ...]:
     if matter.get("lab") != lab.name:
         raise ValueError(f"front matter: lab is {matter.get('lab')!r}, not {lab.name!r}")
     listed = matter.get("predict")
@@ -199,16 +220,19 @@ def _predictions(matter: dict, lab: Lab) -> tuple[Prediction, ...]:
     predictions: list[Prediction] = []
     for number, fields in enumerate(listed, 1):
         try:
-            predictions.append(_prediction(fields))
+            predictions.append(_prediction(fields, answers))
         except ValueError as error:
             raise ValueError(f"front matter, question {number}: {error}") from None
     ids = [prediction.id for prediction in predictions]
     if len(set(ids)) < len(ids):
         raise ValueError(f"front matter: two questions have the same id: {', '.join(ids)}")
+    if answers.keys() - set(ids):
+        extra = ", ".join(sorted(answers.keys() - set(ids)))
+        raise ValueError(f"front matter: answers.toml answers what is not asked: {extra}")
     return tuple(predictions)
 
 
-def _prediction(fields: object) -> Prediction:
+def _prediction(fields: object, answers: dict[str, str]) -> Prediction:
     if not isinstance(fields, dict) or set(fields) != set(_FIELDS):
         raise ValueError(f"its fields are not {', '.join(_FIELDS)}")
     texts = {name: str(fields[name]).strip() for name in _FIELDS}
@@ -217,12 +241,10 @@ def _prediction(fields: object) -> Prediction:
     for name in ("ask", "unit"):
         if fields[name] is None or not texts[name]:
             raise ValueError(f"{name} is empty")
-    try:
-        ast.parse(texts["answer"], mode="eval")
-    except SyntaxError as error:
-        raise ValueError(f"answer is no Python expression: {error.msg}") from None
+    if texts["id"] not in answers:
+        raise ValueError(f"answers.toml has no answer to {texts['id']}")
     tolerance = parse_tolerance(texts.pop("tolerance"))
-    return Prediction(**texts, tolerance=tolerance)
+    return Prediction(**texts, answer=answers[texts["id"]], tolerance=tolerance)
 
 
 def _hints(text: str, graded: list[str]) -> tuple[Hint, ...]:

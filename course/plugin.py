@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import torch
 
 from course import diagnosis, grading, layers, progress, stubs
 from course.grading import OutOfTime, PrintFlood, session
-from course.labs import Lab, all_labs, find_labs
+from course.labs import WEEKS, Lab, all_labs, find_labs
 
 # A graded test takes well under a second; the first use of a library may take several.
 SECONDS_PER_TEST = 20.0
@@ -81,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         layers.check_trees()
         selection = layers.select(config.args, config.invocation_params.dir)
-        tree, overlaid = selection.tree, _overlaid(config, selection.tree)
+        tree, overlaid = selection.tree, _overlaid(config, selection)
     except layers.LayerError as error:
         raise pytest.UsageError(str(error)) from None
     config.args = selection.args
@@ -111,14 +111,21 @@ def choose_interpreter() -> None:
 _referenced: pytest.StashKey[list[Lab]] = pytest.StashKey()
 
 
-def _overlaid(config: pytest.Config, tree: str) -> dict[str, str]:
+def _overlaid(config: pytest.Config, selection: layers.Selection) -> dict[str, str]:
+    tree = selection.tree
     named, candidates = config.getoption("--reference"), config.getoption("--candidate")
     if named and tree != "code":
         raise layers.LayerError("--reference goes with pytest code/…")
     if candidates and tree != "solutions":
         raise layers.LayerError("--candidate goes with pytest solutions/…")
     if tree == "code":
-        return {lab.name: str(lab.solution) for lab in layers.named_references(named)}
+        # A whole week beside the file of one of its labs: that one is to be graded.
+        asked = {lab for lab in all_labs() if str(lab.tests) in selection.args}
+        return {
+            lab.name: str(lab.solution)
+            for lab in layers.named_references(named)
+            if lab.name in named or lab not in asked
+        }
     return dict(candidate.split("=", 1) for candidate in candidates)
 
 
@@ -145,9 +152,19 @@ def _configure_hypothesis() -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     if not session.tree:
         return []
-    names = [lab.name for lab in config.stash[_referenced]]
+    names = _in_short(config.stash[_referenced])
     line = f"grading {session.tree}/"
     return [f"{line}, with the reference for {', '.join(names)}" if names else line]
+
+
+def _in_short(labs: Iterable[Lab]) -> list[str]:
+    """Name labs; a week that is there as a whole by its own name."""
+    names = [lab.name for lab in labs]
+    for week, stems in WEEKS.items():
+        of_week = [f"{week}/{stem}" for stem in stems]
+        if set(of_week) <= set(names):
+            names = [week, *(name for name in names if name not in of_week)]
+    return sorted(names)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -318,7 +335,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
             beliefs = _beliefs(item, error, lab, call.duration)
         asked = diagnosis.words(lab, beliefs)
         report.longrepr = grading.render(lab, item.name, text, asked)
-        report.sections = [(title, _tail(content)) for title, content in report.sections]
+        # Logs hold tracebacks through the suite, which tell nothing of what was wrong.
+        hides = item.config.option.verbose <= 0
+        report.sections = [
+            (title, _tail(content))
+            for title, content in report.sections
+            if not (hides and title.startswith("Captured log"))
+        ]
     is_followed = not item.config.getoption("--no-diagnosis")
     if call.when == "call" and report.passed and is_followed:
         _diagnosis(item.config).note_passed(lab, item.name, _replay(item, False), call.duration)
@@ -419,11 +442,29 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
         terminalreporter.write_line(
             f"{name}: {count} more failing tests (all of them: pytest -v {find_labs(name)[0].path})"
         )
+    if not failed:
+        _tell_of_references(terminalreporter, config)
     for (name, text), verdicts in whole_lab.items():
         line = text or _unwritten_line(name, verdicts)
         count = f"{len(verdicts)} test{'s' * (len(verdicts) != 1)}"
         terminalreporter.write_line(f"{line} ({count})")
     return result
+
+
+def _tell_of_references(terminalreporter, config: pytest.Config) -> None:
+    """Say what a run with --reference is worth."""
+    if not config.getoption("--reference") or session.tree != "code":
+        return
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in skipped}
+    lines = sorted(reason for reason in reasons if "taken from the reference" in reason)
+    if terminalreporter.stats.get("passed"):
+        lines.append(
+            "status, predict, reveal and chat count a lab as green when it passes on your own "
+            "earlier labs, without --reference"
+        )
+    for line in lines:
+        terminalreporter.write_line(line)
 
 
 def _ask_once(shown: list, failed: list, named: dict[str, dict[str, list[str]]]) -> None:

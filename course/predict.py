@@ -86,7 +86,8 @@ def _collect(note: Note, given: dict[str, Answer]) -> int:
     if len(first) < len(note.predictions):
         print(f"Open questions are left: course predict {name}")
         return 1
-    print("Every question has your answer. The truth is shown when the lab is green:")
+    print("Every question has your answer. The truth is shown when the lab is green without")
+    print("--reference:")
     print(f"  course predict {name}")
     return 0
 

@@ -21,7 +21,11 @@ def summary(file: Path) -> str:
     last = steps[-1]
     seconds = last["time"] + sum(last[stage] for stage in STAGES) - steps[0]["time"]
     parts = [part for step in steps for part in step["parts"]]
-    num_decoded = sum(part["num_tokens"] == 1 and part["catches_up"] for part in parts)
+    num_decoded = sum(
+        part["num_tokens"] - part["num_drafts"] == 1 and part["catches_up"] for part in parts
+    )
+    num_drafts = sum(part["num_drafts"] for part in parts)
+    num_accepted = sum(step["num_accepted"] for step in steps)
     num_computed = sum(part["num_tokens"] for part in parts)
     reasons = Counter(reason for step in steps for reason in step["finished"].values())
     ended = ", ".join(f"{count} by {reason}" for reason, count in reasons.most_common()) or "none"
@@ -34,6 +38,7 @@ def summary(file: Path) -> str:
         f"prompts: {prompted:,} tokens, {cached:,} of them found in the pool"
         f" ({cached / max(prompted, 1):.0%})",
         f"lost their blocks: {preempted:,} times",
+        f"guesses: {num_drafts:,}, {num_accepted:,} of them accepted",
         *_queues(steps),
         *_times(steps),
     ]
@@ -49,7 +54,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             step = json.loads(line)
-            complete = all(stage in step for stage in (*STAGES, "parts", "finished"))
+            complete = all(name in step for name in (*STAGES, "parts", "num_accepted", "finished"))
         except (ValueError, TypeError):
             complete = False
         if complete:

@@ -35,8 +35,8 @@ class RequestHandle:
     the request runs on, and the next iteration goes on with the next delta. After the last delta
     and after `abort`, every iteration ends at once.
     Raises EngineFailed, once, from the error that is its cause, and then ends: when the model
-    raised in a step of the request, when the engine's `add` refused it after all, and when the
-    engine has failed.
+    raised in a step of the request (the cause is what stands behind the StepFailed), when the
+    engine's `add` refused it after all, and when the engine has failed.
     """
 
     def __init__(self, request_id: str, abort: Callable[["RequestHandle"], None]):

@@ -4,16 +4,18 @@ import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from week1.generate import IncrementalDetokenizer, StopMatcher
 from week1.gqa import Attend
 from week1.qwen import Qwen, QwenConfig
 from week1.sampling import SamplingParams
-from week3.model_runner import Choice, ModelRunner, SamplingState
+from week3.model_runner import Choice, ModelRunner, SamplingState, choose_one
 from week3.paged_attention import PagedBatch, PagedKVCache, paged_attend, paged_cache_for
 from week3.prefix_caching import CachingBlockManager
-from week3.scheduler import Output, Request, Scheduler, Step
+from week3.scheduler import NO_DRAFTS, Output, Request, Scheduled, Scheduler, Step
 
 __all__ = ["plan_pool", "TextStream", "Engine", "LLM"]
 
@@ -118,6 +120,27 @@ class Completion:
         return [choice.token_id for choice in self.choices]
 
 
+class Speculator(Protocol):
+    """Guess the next tokens of requests, and say which guesses are accepted."""
+
+    def add(self, request_id: str, state: SamplingState) -> None:
+        """Get to know a request before its first step. state: the one that its runner has."""
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request that has ended; nothing happens when it is not known."""
+
+    def propose(self, request_ids: Sequence[str]) -> Mapping[str, Sequence[int]]:
+        """Guess the tokens that follow those that some requests have.
+
+        Returns request_id → its guesses, without those for which there is none.
+        """
+
+    def choose(
+        self, logits: Tensor, parts: Sequence[Scheduled], states: Sequence[SamplingState]
+    ) -> list[list[Choice]]:
+        """Choose tokens as week3/model_runner.py's `choose_one` says, with guesses too."""
+
+
 def plan_pool(
     config: QwenConfig,
     num_bytes: int,
@@ -142,6 +165,7 @@ def plan_pool(
 def step_record(
     number: int,
     step: Step,
+    num_accepted: int,
     deltas: Sequence[Delta],
     times: Sequence[float],
     scheduler: Scheduler,
@@ -149,8 +173,9 @@ def step_record(
 ) -> dict[str, Any]:
     """Describe a step for a trace, in what JSON can hold.
 
-    number: how many steps came before it. times: of time.perf_counter, when it began, was planned,
-    was computed, and when all was taken in. The fields are explained in sessions/week3/trace.md.
+    number: how many steps came before it. num_accepted: how many guesses were accepted. times: of
+    time.perf_counter, when it began, was planned, was computed, and when all was taken in. The
+    fields are explained in sessions/week3/trace.md.
     """
     start, planned, computed, end = times
     return {
@@ -164,11 +189,13 @@ def step_record(
                 "request_id": part.request_id,
                 "num_computed_tokens": part.num_computed_tokens,
                 "num_tokens": len(part.token_ids),
+                "num_drafts": part.num_drafts,
                 "catches_up": part.catches_up,
                 "block_table": list(blocks.block_table(part.request_id)),
             }
             for part in step.parts
         ],
+        "num_accepted": num_accepted,
         "preempted": list(step.preempted),
         "finished": {d.request_id: d.finish_reason for d in deltas if d.finish_reason},
         "num_waiting": scheduler.num_waiting,
@@ -227,8 +254,12 @@ class Engine:
         `ModelRunner`.
     on_step: called at the end of each step with its `step_record`; with None, none is made. There
         is none either of a `step` that has nothing to compute, or fails.
+    speculator: with None, nothing is guessed. It is asked for guesses once a step, for the requests
+        that got tokens in the step before and go on, and only where there are any.
     limits; blocks, the `CachingBlockManager`; and scheduler, the `Scheduler`, are kept under these
-    names, for whoever wants to know how full the engine is.
+    names, for whoever wants to know how full the engine is. So are num_drafts, how often a request
+    had guesses in a step; num_draft_tokens, how many guesses these were; and num_accepted_tokens,
+    how many of them were accepted.
     A request gets what week 1's `generate` returns for it alone, whoever runs beside it and whoever
     loses blocks. Nothing is kept of who has ended; when nobody waits or runs, all blocks are free.
     For one thread only; `AsyncEngine` is for several.
@@ -244,6 +275,7 @@ class Engine:
         limits: EngineLimits,
         make_attend: Callable[[PagedKVCache, PagedBatch], Attend] = paged_attend,
         on_step: Callable[[dict[str, Any]], None] | None = None,
+        speculator: Speculator | None = None,
     ):
         raise NotImplementedError(
             "week3/engine.py: Engine.__init__ is not written yet → sessions/week3/engine.md"
@@ -299,8 +331,8 @@ class Engine:
 class LLM:
     """Answer a list of prompts, together.
 
-    model, tokenizer, eos_token_ids, limits, make_attend: as in `Engine`. The tokenizer is called
-        for encoding too.
+    model, tokenizer, eos_token_ids, limits, make_attend, speculator: as in `Engine`. The tokenizer
+        is called for encoding too, as encode(text).
     engine, an `Engine` of which nobody else makes use, is kept under this name.
     """
 
@@ -311,6 +343,7 @@ class LLM:
         eos_token_ids: Collection[int],
         limits: EngineLimits,
         make_attend: Callable[[PagedKVCache, PagedBatch], Attend] = paged_attend,
+        speculator: Speculator | None = None,
     ):
         raise NotImplementedError(
             "week3/engine.py: LLM.__init__ is not written yet → sessions/week3/engine.md"

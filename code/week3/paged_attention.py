@@ -161,7 +161,8 @@ def paged_attend(
     """Make the `Attend` of one pass over a pool.
 
     store, decode, prefill: called once a layer, in the place of `store_kv`, of `paged_decode` for
-        the first num_decodes sequences, and of `paged_prefill` for the others; neither for none.
+        the first num_decodes sequences, and of `paged_prefill` for the others. Where there are no
+        sequences of its kind, decode or prefill is not called.
     The returned function takes the tokens of the pass flat: q (num_heads, tokens, head_dim), k and
     v (num_kv_heads, tokens, head_dim). It stores k and v in their slots, and returns (num_heads,
     tokens, head_dim), in which each token has looked at those of its own sequence, up to itself;

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -189,8 +190,8 @@ def params_of(
     likely tokens, none if it is not given; a completion's logprobs is both in one.
     Raises RequestError 400, with the name that the client wrote in its message and as its param,
     for a value outside the range of GenerationParams, an empty stop string, a name in logit_bias
-    that is no id, and top_logprobs without logprobs true. For max_tokens beside
-    max_completion_tokens that name is max_tokens, as OpenAI has it.
+    that is no id, top_logprobs without logprobs true, and max_tokens beside max_completion_tokens,
+    whatever their values: there the name is max_tokens, as OpenAI has it.
     Source: OpenAI API reference, "Create chat completion" and "Create completion".
     """
     raise NotImplementedError(

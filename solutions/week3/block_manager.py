@@ -129,7 +129,7 @@ def utilisation(manager: BlockManager, num_tokens: Mapping[str, int]) -> float:
 
     num_tokens: for each request that holds blocks, how many tokens it has there.
     Returns a number from 0 to 1; 1 when nothing is held. A block that several requests share counts
-    once, as do its tokens.
+    once, as do its tokens: it has as many as the request with the most of them there.
     """
     size = manager.block_size
     filled: dict[int, int] = {}

@@ -487,7 +487,7 @@ class LLM:
     """Answer a list of prompts, together.
 
     model, tokenizer, eos_token_ids, limits, make_attend, speculator: as in `Engine`. The tokenizer
-        is called for encoding too.
+        is called for encoding too, as encode(text).
     engine, an `Engine` of which nobody else makes use, is kept under this name.
     """
 

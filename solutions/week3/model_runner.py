@@ -81,11 +81,10 @@ def make_choices(
     """
     if all(state.num_logprobs is None for state in states):
         return [Choice(token_id) for token_id in token_ids]
+    logprobs = torch.log_softmax(logits, -1)
     return [
         _with_logprobs(token_id, row, state.num_logprobs)
-        for token_id, row, state in zip(
-            token_ids, torch.log_softmax(logits, -1), states, strict=True
-        )
+        for token_id, row, state in zip(token_ids, logprobs, states, strict=True)
     ]
 
 

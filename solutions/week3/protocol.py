@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -24,6 +25,7 @@ __all__ = [
 
 MAX_BODY_BYTES = 4 * 2**20
 MAX_CHOICES = 128
+_MAX_DIGITS = 18
 # JSON has no infinity: OpenAI's number for "very unlikely", and vLLM's.
 MIN_LOGPROB = -9999.0
 
@@ -189,8 +191,8 @@ def params_of(
     likely tokens, none if it is not given; a completion's logprobs is both in one.
     Raises RequestError 400, with the name that the client wrote in its message and as its param,
     for a value outside the range of GenerationParams, an empty stop string, a name in logit_bias
-    that is no id, and top_logprobs without logprobs true. For max_tokens beside
-    max_completion_tokens that name is max_tokens, as OpenAI has it.
+    that is no id, top_logprobs without logprobs true, and max_tokens beside max_completion_tokens,
+    whatever their values: there the name is max_tokens, as OpenAI has it.
     Source: OpenAI API reference, "Create chat completion" and "Create completion".
     """
     given = body.model_dump(exclude_none=True, include=_PASSED_ON)
@@ -210,9 +212,10 @@ def params_of(
     try:
         return GenerationParams(**given)
     except ValueError as error:
-        name, _, text = str(error).partition(" ")
-        name = called.get(name, name)
-        raise RequestError(400, f"{name} {text}", name) from None
+        text = str(error)
+        for ours, theirs in called.items():
+            text = re.sub(rf"\b{ours}\b", theirs, text)
+        raise RequestError(400, text, text.partition(" ")[0]) from None
 
 
 _PASSED_ON = {
@@ -248,7 +251,8 @@ def _num_logprobs(body: CompletionRequest | ChatRequest) -> tuple[str, int | Non
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
     for name in given:
-        if not (name.isascii() and name.isdigit()):
+        # int() refuses very long ones, and no vocabulary has ids of so many digits.
+        if not (name.isascii() and name.isdigit() and len(name) <= _MAX_DIGITS):
             text = f"logit_bias maps token ids to numbers, and {name!r} is no token id"
             raise RequestError(400, text, "logit_bias")
     return {int(name): bias for name, bias in given.items()}

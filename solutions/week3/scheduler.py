@@ -127,12 +127,12 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """How many requests wait."""
+        """How many requests wait; one that was aborted may count until the next `schedule`."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """How many requests run."""
+        """How many requests run; one that was aborted may count until the next `schedule`."""
         return len(self._running)
 
     @property
@@ -143,9 +143,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Let a request wait. It may come at any time, also between `schedule` and `update`.
 
-        Raises ValueError, with nothing changed, when a request with its id has not ended (names the
-        id), and when its prompt leaves no room for one token (names the prompt's length and
-        max_model_len).
+        Raises ValueError, with nothing changed, when its id is not free (names the id), and when
+        its prompt leaves no room for one token (names the prompt's length and max_model_len).
         """
         num_tokens = len(request.prompt_ids)
         if request.request_id in self._progress:
@@ -176,7 +175,7 @@ class Scheduler:
     def num_cached(self, request_id: str) -> int:
         """Count the tokens of a request that were in the pool when it began; 0 before.
 
-        Raises KeyError when the request has ended, or was never there.
+        Raises KeyError when the request has ended by itself, or was never there.
         """
         return self._progress[request_id].num_cached_tokens
 
@@ -215,7 +214,8 @@ class Scheduler:
         Returns an output for each request that caught up and was not aborted, in any order. Tokens
         behind the one that ends it are not part of it. The blocks of those that end are free.
         Full blocks of tokens that are computed can be found by others from now on; those of guesses
-        that were not accepted cannot.
+        that were not accepted cannot, and neither can what this step computed for one that was
+        aborted since.
         Raises ValueError, with nothing changed, when tokens are missing or not expected, or more
         than the step's guesses and one; it names the ids of all such requests.
         """

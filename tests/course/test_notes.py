@@ -73,18 +73,20 @@ def test_predictions_have_answers(lab):
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """A root with nothing but one note and its reference; returns a function that changes it."""
-    text = ROPE.note.read_text(encoding="utf-8")
-    for file in (ROPE.note, ROPE.solution):
+    """A root with one note, its answers and its reference; returns a function that changes one."""
+    kept = (ROPE.note, ROPE.solution, ROPE.tests.with_name("answers.toml"))
+    for file in kept:
         target = tmp_path / file.relative_to(ROOT)
         target.parent.mkdir(parents=True)
         shutil.copyfile(file, target)
     monkeypatch.setattr(labs, "ROOT", tmp_path)
     monkeypatch.setattr(notes, "ROOT", tmp_path)
 
-    def change(old: str, new: str) -> None:
+    def change(old: str, new: str, name: str = "rope.md") -> None:
+        (file,) = tmp_path.rglob(name)
+        text = file.read_text(encoding="utf-8")
         assert text.count(old) >= 1, old
-        ROPE.note.write_text(text.replace(old, new, 1), encoding="utf-8")
+        file.write_text(text.replace(old, new, 1), encoding="utf-8")
 
     return change
 
@@ -103,7 +105,7 @@ def test_answers_come_from_the_reference_alone(copied, tmp_path, monkeypatch):
     ("answer", "reason"), [("1 / 0", "ZeroDivisionError"), ("math.inf", "inf"), ("_x", "NameError")]
 )
 def test_an_answer_that_fails_is_named(copied, answer, reason):
-    copied("answer: rotary_table(128, 32768, 1e6).nbytes", f"answer: {answer}")
+    copied("rotary_table(128, 32768, 1e6).nbytes", answer, "answers.toml")
     with pytest.raises(ValueError, match=f"rope.md: the answer of table-bytes .*{reason}"):
         notes.truths(notes.read(ROPE))
 
@@ -112,7 +114,7 @@ def test_an_answer_that_fails_is_named(copied, answer, reason):
     ("old", "new", "problem"),
     [
         ("---\n", "", "line 1: it does not begin with front matter"),
-        ("unit: score", "unit: score: x", "line 13: the front matter is no YAML"),
+        ("unit: score", "unit: score: x", "line 12: the front matter is no YAML"),
         ("lab: week1/rope", "lab: week1/gqa", "lab is 'week1/gqa', not 'week1/rope'"),
         ("predict:", "predicted:", "predict is no list of 3 questions"),
         ("    unit: score\n", "", "question 2: its fields are not id, ask, unit"),
@@ -122,10 +124,9 @@ def test_an_answer_that_fails_is_named(copied, answer, reason):
         ("id: moved-score", "id: moved score", "question 2: id 'moved score'"),
         ("tolerance: 5 %", "tolerance: 5 percent", "question 2: tolerance '5 percent' is none of"),
         ("tolerance: 10x", "tolerance: 0.1x", "question 1: tolerance '0.1x' is a factor below 1"),
-        ("answer: rotary_table(", "answer: return (", "question 3: answer is no Python expression"),
-        ("Hint 2: rotary_table", "Hint 2: table", r"line 88: a hint for table, which is none of"),
-        ("</details>", "", "line 82: a hint is <details>"),
-        ("Hint 1: rotary_table", "rotary_table", "line 82: a hint is <details>"),
+        ("Hint 2: rotary_table", "Hint 2: table", r"line 85: a hint for table, which is none of"),
+        ("</details>", "", "line 79: a hint is <details>"),
+        ("Hint 1: rotary_table", "rotary_table", "line 79: a hint is <details>"),
         ("Transfer:", "Last:", "no item begins with Transfer:"),
         ("## Exit ticket", "## Ticket", "the section ## Exit ticket is missing"),
     ],
@@ -135,6 +136,29 @@ def test_a_malformed_note_is_refused(copied, old, new, problem):
     with pytest.raises(ValueError, match=r"^sessions/week1/rope\.md, ") as caught:
         notes.read(ROPE)
     assert re.search(problem, str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (
+            "rotary_table(128",
+            "return (128",
+            r"answers.toml: the answer of table-bytes is no Python",
+        ),
+        (
+            "table-bytes =",
+            "table_bytes =",
+            r"question 3: answers.toml has no answer to table-bytes",
+        ),
+        ("[gqa]", "more = '1'\n[gqa]", r"answers.toml answers what is not asked: more"),
+        ("[rope]", "[rope", r"answers.toml cannot be read"),
+    ],
+)
+def test_a_malformed_answer_is_refused(copied, old, new, problem):
+    copied(old, new, "answers.toml")
+    with pytest.raises(ValueError, match=problem):
+        notes.read(ROPE)
 
 
 def test_an_empty_hint_and_a_missing_note(copied):

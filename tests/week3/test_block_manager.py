@@ -206,7 +206,9 @@ def test_slot_mapping_of_every_part():
             check_equal(got, slots[start:end], "the slots")
 
 
-@pytest.mark.parametrize("num_blocks, start, end", [(0, 0, 1), (1, 0, 5), (2, 8, 9), (3, 2, 100)])
+@pytest.mark.parametrize(
+    "num_blocks, start, end", [(0, 0, 1), (1, 0, 5), (2, 8, 9), (3, 2, 100), (1, 8, 8)]
+)
 def test_slot_mapping_refuses_what_the_table_does_not_cover(num_blocks, start, end):
     table = [9, 8, 7][:num_blocks]
     mentions = [end, 4 * num_blocks]
@@ -639,6 +641,7 @@ UTILISATIONS = {
     "shared blocks": ("a 12, b 10 a 2", {"a": 12, "b": 10}),
     "shared by three": ("a 9, b 12 a 2, c 13 a 2", {"a": 9, "b": 12, "c": 13}),
     "shared as a whole": ("a 8, b 8 a 2", {"a": 8, "b": 8}),
+    "shared, and one has computed less": ("a 12, b 12 a 2", {"a": 12, "b": 5}),
     "the first one has gone": ("a 12, b 10 a 2, free a", {"b": 10}),
     "somebody has gone": ("a 12, b 10, free a", {"b": 9}),
     "somebody came again": ("a 12, b 10, free a, a 5", {"a": 5, "b": 10}),

@@ -9,8 +9,9 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -427,6 +428,77 @@ class Wanted:
         self.num_cached: int | None = None
 
 
+class Guesser:
+    """A speculator that knows what comes, and compares what the engine asks it.
+
+    right: how many of its guesses are right, before one that is wrong.
+    """
+
+    def __init__(self, num_guesses: int = 3, right: Callable[[], int] = lambda: 3):
+        self.num_guesses, self.right = num_guesses, right
+        self.states: dict[str, Any] = {}
+        self.guesses: dict[str, tuple[int, ...]] = {}
+        self.grown: set[str] = set()  # who got tokens in the step before
+        self.growing: set[str] = set()
+        self.fails = False
+        self.num_proposals = 0
+        self.counts = [0, 0, 0]  # parts with guesses, guesses, guesses that were accepted
+        self.of: object = "Engine with a speculator"
+
+    def begin_step(self) -> None:
+        self.grown, self.growing, self.num_proposals, self.guesses = self.growing, set(), 0, {}
+
+    def add(self, request_id: str, state) -> None:
+        text = f"add({request_id!r}) comes to the speculator, which has that request already"
+        check_true(request_id not in self.states, text, of=self.of)
+        self.states[request_id] = state
+
+    def remove(self, request_id: str) -> None:
+        self.states.pop(request_id, None)
+
+    def propose(self, request_ids: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        self.num_proposals += 1
+        check_equal(self.num_proposals, 1, "how often propose is called in a step", of=self.of)
+        expected = sorted(self.grown & self.states.keys())
+        check_equal(sorted(request_ids), expected, "for whom propose is asked", of=self.of)
+        check_true(bool(expected), "propose is asked for nobody", of=self.of)
+        if self.fails:
+            raise RuntimeError("told to fail")
+        self.guesses = {name: self.continue_text(self.states[name]) for name in request_ids}
+        return self.guesses
+
+    def continue_text(self, state) -> tuple[int, ...]:
+        chosen, right = list(state.output_ids), self.right()
+        for i in range(self.num_guesses):
+            scores = MODEL.expected([*state.prompt_ids, *chosen])
+            token_id = int(adjusted(scores, chosen, state.params, state.eos_token_ids).argmax())
+            chosen.append(token_id if i < right else (token_id + 1) % VOCAB_SIZE)
+        return tuple(chosen[len(state.output_ids) :])
+
+    def choose(self, logits: Tensor, parts: Sequence, states: Sequence) -> list[list]:
+        """Take the tokens that each request would get, up to the first that was not guessed."""
+        rows, every = iter(logits), []
+        for part, state in zip(parts, states, strict=True):
+            name = part.request_id
+            self.growing.add(name)
+            same = state is self.states.get(name)
+            check_true(same, f"the speculator was not told this state of {name!r}", of=self.of)
+            guesses = part.token_ids[len(part.token_ids) - part.num_drafts :]
+            known = self.guesses.get(name, ())[: part.num_drafts]
+            check_equal(guesses, known, f"the guesses for {name!r} that are judged", of=self.of)
+            of_part = [next(rows) for _ in range(len(guesses) + 1)]
+            choices, ahead = [], list(state.output_ids)
+            for row, guess in zip(of_part, (*guesses, None), strict=True):
+                choices += runner.sample(row[None], [replace(state, output_ids=list(ahead))])
+                ahead.append(guess)
+                if choices[-1].token_id != guess:
+                    break
+            every.append(choices)
+            more = bool(guesses), len(guesses), len(choices) - 1
+            self.counts = [a + b for a, b in zip(self.counts, more, strict=True)]
+        return every
+
+
 class Served:
     """An engine beside what each request gets alone; every delta is compared."""
 
@@ -440,10 +512,13 @@ class Served:
         limits = {"block_size": 4, "watermark": 0, "max_num_seqs": 8, "token_budget": 32, **limits}
         self.limits = engine_lab.EngineLimits(num_blocks, max_model_len, **limits)
         arguments = self.model, vocabulary(), ends, self.limits
+        self.guesser = options.get("speculator")
         self.engine = engine_lab.Engine(*arguments, **options)
         sizes = f"num_blocks={num_blocks}, max_model_len={max_model_len}"
         sizes += "".join(f", {name}={value}" for name, value in limits.items())
-        self.of = History(f"Engine, {sizes}")
+        self.of = History(f"Engine, {sizes}{', with guesses' if self.guesser else ''}")
+        if self.guesser:
+            self.guesser.of = self.of
         self.wanted: dict[str, Wanted] = {}
         self.ended: dict[str, Wanted] = {}
         self.aborted: set[str] = set()
@@ -472,6 +547,8 @@ class Served:
         self.check_unfinished()
 
     def step(self) -> list:
+        if self.guesser:
+            self.guesser.begin_step()
         deltas = self.engine.step()
         told = {d.request_id: (d.text, ids_of(d), d.finish_reason) for d in deltas}
         self.of.note("step()", told)
@@ -522,6 +599,13 @@ class Served:
         wanted.num_cached = num_cached
 
     def check_unfinished(self) -> None:
+        if self.guesser:
+            engine, of = self.engine, self.of
+            known = sorted(self.guesser.states)
+            check_equal(known, sorted(self.wanted), "whom the speculator knows", of=of)
+            counts = [engine.num_drafts, engine.num_draft_tokens, engine.num_accepted_tokens]
+            what = "num_drafts, num_draft_tokens, num_accepted_tokens"
+            check_equal(counts, self.guesser.counts, what, of=of)
         expected = len(self.wanted)
         check_equal(self.engine.num_unfinished, expected, "num_unfinished", of=self.of)
         if expected == 0:
@@ -542,18 +626,27 @@ class Served:
             check_equal(self.step(), [], "what a step without requests returns", of=self.of)
             check_equal(len(self.model.num_tokens), num_calls, "calls of the model", of=self.of)
 
-    def fail(self, layer: int, expected: Sequence[str] | None = None) -> None:
-        """Do a step in which the model raises in a layer. expected: whose step it is."""
-        self.model.fails_in_layer = layer
+    def fail(self, layer: int | None, expected: Sequence[str] | None = None) -> None:
+        """Do a step in which the model raises in a layer; with None, it is the speculator.
+
+        expected: whose step it is.
+        """
+        if self.guesser:
+            self.guesser.begin_step()
+            self.guesser.fails = layer is None
+        self.model.fails_in_layer = -1 if layer is None else layer
+        who = "the speculator" if layer is None else "the model"
         try:
             deltas = self.engine.step()
         except engine_lab.StepFailed as error:
             failed, cause = error.request_ids, error.__cause__
         else:
-            text = f"the model raised, and step returned {describe(deltas)}"
+            text = f"{who} raised, and step returned {describe(deltas)}"
             check_true(False, text, of=self.of)
         self.model.fails_in_layer = -1
-        self.of.note("step(), in which the model raises", f"StepFailed({sorted(failed)})")
+        if self.guesser:
+            self.guesser.fails = False
+        self.of.note(f"step(), in which {who} raises", f"StepFailed({sorted(failed)})")
         is_told = isinstance(cause, RuntimeError) and "told to fail" in str(cause)
         check_true(is_told, f"StepFailed comes from {cause!r}", of=self.of)
         if expected is not None:
@@ -1002,6 +1095,114 @@ def test_a_failed_step_after_another():
     served.drain()
 
 
+RIGHT = {"all are right": 3, "two are right": 2, "none is right": 0}
+
+
+@pytest.mark.parametrize("right", RIGHT)
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 9, 14])
+def test_engine_with_guesses(max_tokens, right):
+    served = Served(speculator=Guesser(right=lambda: RIGHT[right]))
+    served.add("a", 7, max_tokens)
+    served.add("b", 3, max_tokens, ignore_eos=True)
+    served.drain()
+
+
+def test_engine_takes_all_tokens_of_a_step():
+    served = Served(speculator=Guesser())
+    served.add("a", 5, 9, ignore_eos=True)
+    num_steps = 0
+    while served.wanted:
+        served.step()
+        num_steps += 1
+    # One token, and then three guesses and one more at a time.
+    check_equal(num_steps, 3, "how many steps 9 tokens took", of=served.of)
+
+
+def test_engine_ends_within_accepted_guesses():
+    for stop_token_ids in ((), tuple(range(0, VOCAB_SIZE, 3))):
+        served = Served(speculator=Guesser())
+        for i in range(8):
+            served.add(f"r{i}", 4 + i, 16, stop_token_ids=stop_token_ids)
+        served.drain()
+
+
+def test_engine_stops_at_stop_strings_within_accepted_guesses():
+    served = Served(speculator=Guesser())
+    for i in range(6):
+        served.add(f"r{i}", 3 + i, 16, ignore_eos=True, stop=STOPS)
+        served.add(f"s{i}", 3 + i, 16, ignore_eos=True, stop=STOPS[i % len(STOPS) :])
+    served.drain()
+
+
+@pytest.mark.parametrize("num_tokens", [30, 36, 38, 39])
+def test_engine_with_guesses_up_to_max_model_len(num_tokens):
+    served = Served(speculator=Guesser())
+    served.add("a", num_tokens, 30, ignore_eos=True)
+    served.drain()
+
+
+def test_engine_tells_logprobs_of_guesses():
+    told = []
+    for speculator in (None, Guesser(right=lambda: 2)):
+        served = Served(speculator=speculator)
+        served.add("a", 9, 12, ignore_eos=True, logprobs=2)
+        served.drain()
+        told.append([(c.token_id, c.logprob, c.top) for c in served.ended["a"].choices])
+    (plain, guessed), of = told, served.of
+    ids = [[choice[0] for choice in one] for one in (guessed, plain)]
+    check_equal(*ids, "the ids with guesses, as without", of=of)
+    pairs = [[pair for choice in one for pair in choice[2]] for one in (guessed, plain)]
+    values = [[choice[1] for choice in one] for one in (guessed, plain)]
+    values = [a + [pair[1] for pair in b] for a, b in zip(values, pairs, strict=True)]
+    check_close(torch.tensor(values[0]), torch.tensor(values[1]), of=of)
+
+
+@pytest.mark.parametrize("num_blocks", [10, 11])
+def test_engine_with_guesses_where_blocks_are_few(num_blocks):
+    served = Served(num_blocks, token_budget=16, speculator=Guesser(right=lambda: 2))
+    for i, name in enumerate("abcd"):
+        served.add(name, 5 + i, 20, ignore_eos=True)
+    served.drain()
+    check_true(
+        served.engine.scheduler.num_preemptions > 0, "nobody lost blocks in this test", of=served.of
+    )
+
+
+def test_engine_asks_for_no_guesses_where_nobody_got_a_token():
+    served = Served(token_budget=8, speculator=Guesser())
+    served.add("a", 30, 4, ignore_eos=True)
+    for _ in range(3):
+        served.step()
+        of = served.of
+        check_equal(served.guesser.num_proposals, 0, "how often propose was called", of=of)
+    served.drain()
+
+
+@pytest.mark.parametrize("layer", [None, 0])
+def test_a_failed_step_with_guesses(layer):
+    served = Served(max_num_seqs=2, speculator=Guesser())
+    for name, num_tokens in (("a", 9), ("b", 12), ("c", 6), ("d", 5)):
+        served.add(name, num_tokens, 12, ignore_eos=True)
+    served.step()
+    served.fail(layer, ["a", "b"])
+    served.drain()
+    served.add("a", 9, 3)
+    served.drain()
+
+
+@pytest.mark.parametrize("num_steps", range(4))
+def test_abort_of_who_has_guesses(num_steps):
+    served = Served(speculator=Guesser())
+    for name in "ab":
+        served.add(name, 6, 12, ignore_eos=True)
+    for _ in range(num_steps):
+        served.step()
+    served.abort("a")
+    served.step()
+    served.add("a", 5, 6)
+    served.drain()
+
+
 class Stop(str):
     """A stop string that can be watched."""
 
@@ -1090,7 +1291,22 @@ def test_engine_describes_nothing_of_a_step_that_failed():
     check_equal(records, [], "records of a step that failed", of=served.of)
     served.add("b", 5, 4, ignore_eos=True)
     served.drain()
-    check_equal(len(records), 4, "how many records there are", of=served.of)
+    steps = [record["step"] for record in records]
+    check_equal(steps, [0, 1, 2, 3], "step of each record: how many came before", of=served.of)
+
+
+def test_engine_describes_guesses():
+    records = []
+    served = Served(on_step=records.append, speculator=Guesser(right=lambda: 2))
+    for name in "ab":
+        served.add(name, 5, 9, ignore_eos=True)
+    counts = []
+    while served.wanted:
+        before = list(served.guesser.counts)
+        served.step()
+        counts.append([b - a for a, b in zip(before, served.guesser.counts, strict=True)][1:])
+    got = [[sum(p["num_drafts"] for p in one["parts"]), one["num_accepted"]] for one in records]
+    check_equal(got, counts, "num_drafts of all parts, num_accepted, of each step", of=served.of)
 
 
 def test_engine_describes_nothing_for_nobody(monkeypatch):
@@ -1158,11 +1374,14 @@ def test_engine_refuses_limits_that_do_not_fit(case):
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_engine_with_anything(seed):
+@pytest.mark.parametrize("guesses", [False, True], ids=["", "guesses"])
+def test_engine_with_anything(seed, guesses):
     rng = random.Random(seed)
     num_blocks = rng.choice([10, 11, 14, 40])
+    options = {"speculator": Guesser(3, lambda: rng.randint(0, 3))} if guesses else {}
     served = Served(
         num_blocks,
+        **options,
         max_num_seqs=rng.choice([1, 2, 4]),
         token_budget=rng.choice([4, 7, 32]),
         prefix_caching=rng.random() < 0.7,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM
 
-from course.grading import History, check_equal, check_true, lab
+from course.grading import History, check_close, check_equal, check_true, lab
 
 runners = lab("week3/model_runner")
 managers = lab("week3/block_manager")
@@ -167,6 +167,21 @@ def check_sample(logits: Tensor, states: Sequence, note: str = "") -> None:
         check_logprobs(choice, row, state.num_logprobs, of_row)
 
 
+def check_probabilities(logits: Tensor, states: Sequence) -> None:
+    """Hold each row of a distribution to the one that its request would have alone."""
+    kept = logits.clone(), [fields_of(state) for state in states]
+    got = runners.probabilities(logits, states)
+    of = f"probabilities(logits: {tuple(logits.shape)})"
+    check_equal(torch.equal(logits, kept[0]), True, "logits are as they were", of=of)
+    same = [fields_of(state) for state in states] == kept[1]
+    check_equal(same, True, "states are as they were", of=of)
+    form = (tuple(got.shape), got.dtype)
+    check_equal(form, (tuple(logits.shape), torch.float32), "shape and dtype", of=of)
+    for i, (row, state) in enumerate(zip(kept[0].tolist(), states, strict=True)):
+        expected = torch.tensor(oracle_probabilities(oracle_scores(row, state), state.params))
+        check_close(got[i], expected, of=f"{of}\nthe request of row {i}: {in_words(state)}")
+
+
 HISTORY = [3, 17, 3, 8, 0, 21, 3, 5, 5]
 
 
@@ -247,6 +262,22 @@ def test_sample_bans_ends_until_min_tokens(temperature, eos_token_ids):
         )
         for count in (0, 1, 2, 3, 4, 5, 2)
     ]
+    check_sample(logits, states)
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": 1e4}, {"logit_bias": {0: -9e5, 1: -8e5}}], ids=str
+)
+def test_sample_bans_ends_whatever_the_other_scores_are(values):
+    state = {"min_tokens": 1, "eos_token_ids": frozenset(range(2, 24)), "seed": 4}
+    check_sample(scores(30, 24, seed=2), [state_of([1], **state, **values) for _ in range(30)])
+
+
+@pytest.mark.parametrize("bias", [150.0, -7e4])
+def test_sample_with_a_large_bias(bias):
+    logits = scores(4, 24)
+    logits[:, 3] -= bias
+    states = [state_of([1], temperature=t, seed=5, logit_bias={3: bias}) for t in (0, 1, 2, 9)]
     check_sample(logits, states)
 
 
@@ -366,6 +397,59 @@ def test_sample_tells_each_as_many_logprobs_as_it_wants():
     check_sample(logits[:3:2], states[:3:2])
 
 
+def test_probabilities_for_requests_of_every_kind():
+    for seed in range(8):
+        check_probabilities(scores(len(mixed()), 24, seed=seed), mixed())
+        check_probabilities(scores(len(mixed()), 24, seed=seed), mixed()[::-1])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 5},
+        {"repetition_penalty": 1.8, "presence_penalty": 1.0, "frequency_penalty": -0.5},
+        {"logit_bias": {7: 9.0, 3: -30.0}},
+        {"min_tokens": 3, "eos_token_ids": frozenset({2, 5, 11})},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_probabilities_with(rows, values):
+    check_probabilities(scores(rows, 24, seed=rows), requests(rows, **values))
+
+
+@pytest.mark.parametrize("row", range(len(HISTORY) + 2))
+def test_probabilities_whoever_the_neighbours_are(row):
+    states, logits = mixed(), scores(11, 24, seed=4)
+    expected = runners.probabilities(logits[[row]], [states[row]])[0]
+    for order in ([row, row], list(range(11)), list(range(10, -1, -1)), [(row + 1) % 11, row]):
+        got = runners.probabilities(logits[order], [states[i] for i in order])[order.index(row)]
+        of = f"the same request and scores among {len(order)}: {in_words(states[row])}"
+        check_equal(torch.equal(got, expected), True, "the very same numbers as alone", of=of)
+
+
+def check_told(logits: Tensor, token_ids: Sequence[int], states: Sequence) -> None:
+    kept = logits.clone(), [fields_of(state) for state in states]
+    got = runners.make_choices(logits, token_ids, states)
+    of = f"make_choices(logits: {tuple(logits.shape)}, token_ids: {list(token_ids)})"
+    check_equal(torch.equal(logits, kept[0]), True, "logits are as they were", of=of)
+    same = [fields_of(state) for state in states] == kept[1]
+    check_equal(same, True, "states are as they were", of=of)
+    check_equal([choice.token_id for choice in got], list(token_ids), "the ids", of=of)
+    for choice, row, state in zip(got, kept[0], states, strict=True):
+        check_logprobs(choice, row, state.num_logprobs, f"{of}\n{in_words(state)}")
+
+
+@pytest.mark.parametrize("wanted", [[None], [0], [3], [None, None], [2, None, 0, 30]], ids=str)
+def test_make_choices_tells_what_was_chosen_by_whomever(wanted):
+    logits = scores(len(wanted), 24, seed=7)
+    for token_ids in ([i % 24 for i in range(len(wanted))], logits.argmin(-1).tolist()):
+        for values in ({}, {"logit_bias": {0: 9.0}, "temperature": 0.3}):
+            states = [state_of([1], num_logprobs=count, **values) for count in wanted]
+            check_told(logits, token_ids, states)
+
+
 EXTREMES = [
     {"temperature": 1e-4},
     {"temperature": 1e-30},
@@ -386,6 +470,7 @@ def test_sample_at_the_extremes(num_allowed, scale):
     for row in range(len(EXTREMES)):
         logits[row, scores(24, seed=row).argsort()[num_allowed:]] = -INF
     states = [state_of([2], seed=40 + i, **values) for i, values in enumerate(EXTREMES)]
+    check_probabilities(logits, states)
     check_sample(logits, states, f", of each row {num_allowed} scores are finite")
 
 
@@ -567,9 +652,12 @@ class Desk:
     """A runner beside the oracle, which plans the steps; every pass and every choice is compared.
 
     The free blocks of the pool lie in a random order, and no slot that nobody wrote holds a number.
+    judges: whether it is the desk that chooses, in the place of choose_one.
     """
 
-    def __init__(self, max_num_seqs=6, token_budget=40, block_size=4, max_model_len=48):
+    def __init__(
+        self, max_num_seqs=6, token_budget=40, block_size=4, max_model_len=48, judges=False
+    ):
         num_blocks = 60
         self.block_size = block_size
         self.blocks = managers.BlockManager(num_blocks, block_size)
@@ -586,9 +674,13 @@ class Desk:
         )
         limits = max_num_seqs, token_budget, max_model_len
         self.token_budget, self.max_num_seqs = token_budget, max_num_seqs
+        choose = [self.judge] if judges else []
         self.runner = runners.ModelRunner(
-            self.model, self.cache, self.blocks, *limits, self.make_attend
+            self.model, self.cache, self.blocks, *limits, self.make_attend, *choose
         )
+        self.judges, self.num_judged = judges, 0
+        self.guesses: dict[str, tuple[list[int], int]] = {}
+        self.expected: dict[str, list] = {}
         names = ("block_size", "max_num_seqs", "token_budget", "max_model_len")
         inside = zip(names, (block_size, *limits), strict=True)
         text = ", ".join(f"{name}={value}" for name, value in inside)
@@ -632,16 +724,26 @@ class Desk:
         self.lost.append(request_id)
         self.of.note(f"{request_id} loses its blocks", None)
 
+    def guess(self, request_id: str, num_guesses: int, num_kept: int) -> None:
+        """Add guesses in the next step, of which the first num_kept are accepted."""
+        guesses = prompt_of(f"{request_id}{len(self.jobs[request_id].ids)}", num_guesses)
+        self.guesses[request_id] = guesses, num_kept
+        self.of.note(f"{num_guesses} guesses for {request_id}, {num_kept} to be accepted", None)
+
     def step(self, counts: dict[str, int], gone: Sequence[str] = ()) -> None:
         """Do one step. gone: who is removed from the runner when the step is planned already."""
-        self.parts = []
+        self.parts, self.num_judged, self.expected = [], 0, {}
         for request_id, count in counts.items():
             job = self.jobs[request_id]
             start, end = job.num_computed, job.num_computed + count
-            assert 0 < count <= job.num_lacking and self.blocks.allocate(request_id, end)
+            guesses = tuple(self.guesses.get(request_id, ((), 0))[0])
+            assert 0 < count <= job.num_lacking
+            assert self.blocks.allocate(request_id, end + len(guesses))
             catches_up = end == len(job.ids)
-            ids = tuple(job.ids[start:end])
-            self.parts.append(schedulers.Scheduled(request_id, start, ids, 0, catches_up))
+            ids = tuple(job.ids[start:end]) + guesses
+            self.parts.append(
+                schedulers.Scheduled(request_id, start, ids, len(guesses), catches_up)
+            )
         for request_id in gone:
             self.runner.remove(request_id)
             self.jobs[request_id].known = False
@@ -655,6 +757,7 @@ class Desk:
         check_equal(len(self.passes), 1, "how many passes of the model the step made", of=self.of)
         self.check_scored()
         self.check_choices(got)
+        self.guesses = {}
 
     def make_attend(self, cache, batch):
         self.batches.append(batch)
@@ -736,31 +839,71 @@ class Desk:
         return [table[place // size] * size + place % size for place in places]
 
     def check_scored(self) -> None:
-        """Only the last token of who catches up, and is known, may have been scored."""
+        """Only tokens behind which something is chosen may have been scored."""
         expected, end = [], 0
         for part in self.order:
             end += len(part.token_ids)
             if part.catches_up and self.jobs[part.request_id].known:
-                expected.append(end - 1)
+                expected += range(end - 1 - part.num_drafts, end)
         what = "which tokens of the pass were scored by model.logits, sorted"
         check_equal(sorted(self.model.scored), expected, what, of=self.of)
+
+    def judge(self, logits: Tensor, parts: Sequence, states: Sequence) -> list[list]:
+        """Stand in for choose_one; accept what is to be accepted, and one token more."""
+        self.num_judged += 1
+        check_equal(self.num_judged, 1, "how often choose was called in the step", of=self.of)
+        wanted = [part for part in self.parts if part.catches_up]
+        wanted = [part for part in wanted if self.jobs[part.request_id].known]
+        names = sorted(part.request_id for part in parts)
+        what = "whose parts choose got"
+        check_equal(names, sorted(part.request_id for part in wanted), what, of=self.of)
+        ids = [self.jobs[part.request_id].ids for part in parts]
+        guesses = [self.guesses.get(part.request_id, ([], 0)) for part in parts]
+        texts = [
+            text + made[:count]
+            for text, (made, _) in zip(ids, guesses, strict=True)
+            for count in range(len(made) + 1)
+        ]
+        form = (tuple(logits.shape), logits.dtype)
+        what = "shape and dtype of the logits that choose got"
+        check_equal(form, ((len(texts), VOCAB_SIZE), torch.float32), what, of=self.of)
+        for row, (got, text) in enumerate(zip(logits, texts, strict=True)):
+            same = torch.equal(got, self.model.expected(text))
+            text = f"row {row} holds the scores behind the tokens {text}"
+            check_true(same, f"{text}: it does not", of=self.of)
+        for part, state in zip(parts, states, strict=True):
+            check_true(part in wanted, f"{part} is no part of the step", of=self.of)
+            same = state is self.jobs[part.request_id].state
+            check_true(same, f"another state came for {part.request_id}", of=self.of)
+        for part, text, (made, num_kept) in zip(parts, ids, guesses, strict=True):
+            chosen = [*made[:num_kept], (sum(text) + num_kept) % VOCAB_SIZE]
+            self.expected[part.request_id] = [runners.Choice(token_id) for token_id in chosen]
+        return [list(self.expected[part.request_id]) for part in parts]
 
     def check_choices(self, got: dict) -> None:
         expected = {}
         for part in self.parts:
             job = self.jobs[part.request_id]
-            job.num_computed += len(part.token_ids)
+            job.num_computed += len(part.token_ids) - part.num_drafts
             if part.catches_up and job.known:
                 logits = self.model.expected(job.ids)
-                expected[part.request_id] = oracle_token(logits.tolist(), job.kept), logits
+                tokens = [oracle_token(logits.tolist(), job.kept)]
+                if self.judges:
+                    tokens = [choice.token_id for choice in self.expected[part.request_id]]
+                expected[part.request_id] = tokens, logits
         what = "who gets a token"
         check_equal(sorted(got), sorted(expected), what, of=self.of)
-        for request_id, (token_id, logits) in expected.items():
-            job, of = self.jobs[request_id], f"{self.of}\nthe choice of {request_id}"
-            check_equal(got[request_id].token_id, token_id, "token_id", of=of)
-            check_logprobs(got[request_id], logits, job.kept.num_logprobs, of)
-            job.ids.append(token_id)
-            job.kept.output_ids.append(token_id)
+        for request_id, (token_ids, logits) in expected.items():
+            job, of = self.jobs[request_id], f"{self.of}\nthe choices of {request_id}"
+            check_equal(type(got[request_id]), tuple, "what its choices are in", of=of)
+            made = [choice.token_id for choice in got[request_id]]
+            check_equal(made, token_ids, "token_ids", of=of)
+            if not self.judges:
+                check_logprobs(got[request_id][0], logits, job.kept.num_logprobs, of)
+            # The guesses that were accepted are computed.
+            job.num_computed += len(token_ids) - 1
+            job.ids += token_ids
+            job.kept.output_ids += token_ids
         for request_id, job in self.jobs.items():
             if job.known:
                 what = f"output_ids of {request_id}"
@@ -788,7 +931,8 @@ def play(script: str, **limits) -> Desk:
 
     "step a 4 b 1": a step of 4 tokens of a and one of b. "run 3": three steps in which everybody
     computes what is lacking. "add b 12 greedy a": b begins like a and shares its blocks. "gone a":
-    in the next step, a is removed when the step is planned already.
+    in the next step, a is removed when the step is planned already. "guess a 3 2": in the next step
+    a has three guesses, of which two are accepted.
     """
     desk, gone = Desk(**limits), []
     for word, *rest in (line.split() for line in script.split(",")):
@@ -801,6 +945,8 @@ def play(script: str, **limits) -> Desk:
             desk.run(int(rest[0]))
         elif word == "gone":
             gone += rest
+        elif word == "guess":
+            desk.guess(rest[0], int(rest[1]), int(rest[2]))
         else:
             {"remove": desk.remove, "lose": desk.lose}[word](*rest)
     return desk
@@ -960,6 +1106,52 @@ def test_runner_removes_nobody():
     play("remove nobody, add a 3, run 1, remove nobody, run 1, remove a, remove a, add b 2, run 2")
 
 
+@pytest.mark.parametrize("num_guesses, num_kept", [(1, 0), (1, 1), (4, 0), (4, 2), (4, 4)])
+def test_runner_with_guesses(num_guesses, num_kept):
+    script = f"guess a {num_guesses} {num_kept}, step a 1, guess a 2 1, step a 1, run 2"
+    play(f"add a 5 seeded, step a 5, {script}", judges=True)
+
+
+def test_runner_with_guesses_beside_others():
+    script = "guess a 3 1, guess c 2 2, step a 1 b 1 c 1 d 4, guess b 1 0, step b 1 d 3 a 1, run 2"
+    play(f"add a 5, add b 2 seeded, add c 3, run 1, add d 7 biased, {script}", judges=True)
+
+
+def test_runner_with_guesses_behind_a_prompt():
+    play("add a 3, add b 9, run 1, lose b, guess b 3 2, step b 10 a 1, run 2", judges=True)
+
+
+def test_runner_with_guesses_of_who_is_removed_meanwhile():
+    script = "guess a 3 1, guess b 2 1, gone a, step a 1 b 1 c 1, run 2"
+    play(f"add a 5, add b 2 seeded, add c 3, run 1, {script}", judges=True)
+
+
+def test_runner_chooses_nothing_where_nobody_catches_up():
+    desk = play("add a 8, add b 9, step a 3 b 4, step a 4 b 4", judges=True)
+    check_equal(desk.num_judged, 0, "how often choose was called", of=desk.of)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_runner_with_any_guesses(seed):
+    choose = python_random.Random(seed)
+    desk = Desk(block_size=choose.choice([3, 4, 16]), judges=True)
+    for number in range(14):
+        if len(desk.jobs) < 4:
+            desk.add(f"r{number}", choose.randint(1, 6), choose.choice(list(KINDS)))
+        counts, left = {}, desk.token_budget
+        for name, job in desk.jobs.items():
+            counts[name] = choose.choice([1, job.num_lacking])
+            left -= counts[name]
+        for name, count in counts.items():
+            num_guesses = choose.randint(0, min(3, left))
+            if num_guesses and count == desk.jobs[name].num_lacking:
+                desk.guess(name, num_guesses, choose.randint(0, num_guesses))
+                left -= num_guesses
+        desk.step(counts)
+        for name in [name for name, job in desk.jobs.items() if len(job.ids) > 30]:
+            desk.remove(name)
+
+
 def test_runner_with_logprobs():
     desk = Desk()
     for name, count in (("a", 3), ("b", None), ("c", 0), ("d", 30)):
@@ -1094,8 +1286,9 @@ def test_runner_attends_with_paged_attend_where_nothing_is_said():
                 expected[name] = oracle_token(logits, kept[name])
         got = runner.execute(schedulers.Step(tuple(parts), ()))
         of = f"ModelRunner without make_attend, a greedy and b seeded, a step of {counts}"
-        tokens = {name: got[name].token_id for name in sorted(got)}
-        check_equal(tokens, dict(sorted(expected.items())), "the tokens", of=of)
+        tokens = {name: [choice.token_id for choice in got[name]] for name in sorted(got)}
+        wanted = {name: [token_id] for name, token_id in sorted(expected.items())}
+        check_equal(tokens, wanted, "the tokens", of=of)
         for name, token_id in expected.items():
             ids[name].append(token_id)
             kept[name].output_ids.append(token_id)
@@ -1146,7 +1339,10 @@ def serve(model, prompts: dict[str, list[int]], max_tokens: int, num_blocks: int
         runner.add(name, states[name])
     while scheduler.num_unfinished:
         step = scheduler.schedule()
-        chosen = {name: [choice.token_id] for name, choice in runner.execute(step).items()}
+        chosen = {
+            name: [choice.token_id for choice in choices]
+            for name, choices in runner.execute(step).items()
+        }
         for output in scheduler.update(step, chosen):
             if output.finish_reason is not None:
                 runner.remove(output.request_id)

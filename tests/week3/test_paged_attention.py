@@ -483,6 +483,25 @@ def test_prefill_with_any_strides(layout):
     check_prefill(pages, [5, 1, 2], f"\nq: {layout.__doc__}", q=layout(pages.queries(8)))
 
 
+def own_nan(call: Callable[[Pages], Tensor], what: str) -> None:
+    """A sequence whose own value is no number gets none there; a broken model must show."""
+    pages = Pages((6, 9), 4)
+    block, place = pages.tables[1][3 // 4], 3 % 4
+    pages.values[block, :, place, 0] = math.nan
+    broken = call(pages).isnan().any(-1)
+    check_equal(broken.tolist(), [False, True], "whether a number of each is NaN", of=what)
+
+
+def test_prefill_shows_what_is_broken():
+    what = "paged_prefill of the last token of two sequences; the second has a NaN of its own"
+    own_nan(lambda pages: prefill(pages, pages.queries(2), [1, 1])[0], what)
+
+
+def test_decode_shows_what_is_broken():
+    what = "paged_decode of two sequences; the second has a NaN of its own"
+    own_nan(lambda pages: decode(pages, pages.queries(2).transpose(0, 1))[:, 0], what)
+
+
 def test_prefill_of_a_layer_among_others():
     pages = Pages([9, 3, 5])
     whole = random(2, 3, *pages.keys.shape)

@@ -574,6 +574,17 @@ def test_publish_never_later_what_was_there_once():
     pool.drain()
 
 
+def test_publish_under_hashes_that_begin_alike():
+    manager = caching.CachingBlockManager(6, 4)
+    hashes = {"a": b"x" * 31 + b"a", "b": b"x" * 31 + b"b", "c": b"y" + b"x" * 30 + b"a"}
+    for name, block_hash in hashes.items():
+        manager.allocate(name, 4)
+        manager.publish(name, [block_hash], 4)
+    got = {name: manager.find(block_hash) for name, block_hash in hashes.items()}
+    of = "three requests of one block; their hashes, made by hand, differ in one byte"
+    check_equal(got, {name: manager.block_table(name)[0] for name in hashes}, "find", of=of)
+
+
 # ENGINE case 8: a block that is taken anew is forgotten; one that is found is no longer free.
 REUSED = {
     "the last blocks first": "a begins abcdefghijklmnop, a computes, a ends, b begins qrstuvwxyz, "

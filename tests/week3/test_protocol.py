@@ -105,6 +105,10 @@ def check_refused(kind: str, params: dict[str, Any], name: str) -> None:
         check_equal(error.status, 400, "the status of the RequestError", of=of)
         check_word(error.param, name, "the param of the RequestError", of=of)
         check_true(name in str(error), f"the message {str(error)!r} does not name {name}", of=of)
+        if "max_tokens" not in params:
+            named = "max_tokens" in str(error).replace("max_completion_tokens", "").split()
+            text = f"the message {str(error)!r} names max_tokens, which the client did not write"
+            check_true("max_completion_tokens" not in params or not named, text, of=of)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         text = f"{of}\nraised {error!r}; expected a RequestError that names {name}"
         raise GradedFailure(text) from error
@@ -245,8 +249,22 @@ REFUSED = {
     "logit_bias above 100": ({"logit_bias": {"5": 101}}, "logit_bias"),
     "logit_bias below -100": ({"logit_bias": {"4": 1, "5": -100.5}}, "logit_bias"),
     **{
-        f"logit_bias of {name!r}": ({"logit_bias": {"4": 1, name: 1}}, "logit_bias")
-        for name in ("five", "", " 5", "5 ", "5.0", "-5", "+5", "1_0", "0x5", "٣", "²", "5e0")
+        f"logit_bias of {name[:9]!r}": ({"logit_bias": {"4": 1, name: 1}}, "logit_bias")
+        for name in (
+            "five",
+            "",
+            " 5",
+            "5 ",
+            "5.0",
+            "-5",
+            "+5",
+            "1_0",
+            "0x5",
+            "٣",
+            "²",
+            "5e0",
+            "9" * 5000,
+        )
     },
 }
 ONLY_COMPLETION = {
@@ -256,6 +274,10 @@ ONLY_COMPLETION = {
 ONLY_CHAT = {
     "max_completion_tokens 0": ({"max_completion_tokens": 0}, "max_completion_tokens"),
     "max_completion_tokens below 0": ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    "min_tokens above max_completion_tokens": (
+        {"min_tokens": 5, "max_completion_tokens": 3},
+        "min_tokens",
+    ),
     "both lengths": ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
     "both lengths, the same": ({"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens"),
     "top_logprobs above 20": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

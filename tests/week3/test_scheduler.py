@@ -403,6 +403,8 @@ class Desk:
     def update(self, step, shares: dict[str, Share], chosen: dict) -> dict[str, tuple]:
         jobs = {request_id: self.oracle.find(request_id) for request_id in shares}
         rejected = {name: self.rejected_blocks(jobs[name], shares[name], chosen) for name in shares}
+        # Who was aborted may lose its blocks with the update.
+        tables = {name: list(self.pool.block_table(name)) for name in shares}
         text = f"update: {chosen_text(chosen)}"
         outputs = self.call(text, self.scheduler.update, step, MappingProxyType(chosen))
         self.of.note(f"{text}; free blocks", self.pool.num_free_blocks)
@@ -410,7 +412,7 @@ class Desk:
         self.check_outputs(outputs, expected)
         self.check_pool()
         for name, job in jobs.items():
-            self.check_published(job, shares[name].start, rejected[name])
+            self.check_published(job, shares[name].start, rejected[name], tables[name])
         self.check_counts()
         return expected
 
@@ -430,15 +432,21 @@ class Desk:
         what = "(token_ids, finish_reason) of each output"
         check_equal(in_order(got, expected), expected, what, of=self.of)
 
-    def check_published(self, job: Job, start: int, rejected: dict[bytes, int]) -> None:
+    def check_published(
+        self, job: Job, start: int, rejected: dict[bytes, int], table: list[int]
+    ) -> None:
         """Blocks that became full from start on can be found, and those with a wrong guess not."""
         for block_hash, block_id in rejected.items():
             text = f"block {block_id} of {job.request_id} can be found with a wrong guess in it"
             check_true(self.pool.find(block_hash) != block_id, text, of=self.of)
-        if job.aborted:
-            return
         size = self.pool.block_size
         hashes = block_hashes(job.ids[: job.num_computed], size, job.salt)
+        if job.aborted:
+            for i in range(start // size, len(hashes)):
+                text = f"{job.request_id} was aborted during the step, and its block {table[i]}"
+                text += ", which the step filled, can be found"
+                check_true(self.pool.find(hashes[i]) != table[i], text, of=self.of)
+            return
         for i in range(start // size, len(hashes) if self.pool.enabled else 0):
             text = (
                 f"the tokens {i * size} to {i * size + size - 1} of {job.request_id} are a full "
@@ -943,6 +951,7 @@ DURING = {
     "who came a moment ago": "add a 2 6, during 2, add c 2 2, abort c, add d 3 3",
     "the id comes again": "add a 2 6, add b 3 5, during 1, abort b, step, add b 2 3",
     "with guesses": "add a 2 6, add b 3 9, step, guess b ++, during 1, abort b, add c 3 2",
+    "whose prompt another one has": "add a 2 6, add b 9 5, during 1, abort b, add c 9 5 like b",
 }
 
 

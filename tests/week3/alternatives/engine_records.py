@@ -125,6 +125,7 @@ class Completion:
 def step_record(
     number: int,
     step: Step,
+    num_accepted: int,
     deltas: Sequence[Delta],
     times: Sequence[float],
     scheduler: Scheduler,
@@ -132,8 +133,9 @@ def step_record(
 ) -> dict[str, Any]:
     """Describe a step for a trace, in what JSON can hold.
 
-    number: how many steps came before it. times: of time.perf_counter, when it began, was planned,
-    was computed, and when all was taken in. The fields are explained in sessions/week3/trace.md.
+    number: how many steps came before it. num_accepted: how many guesses were accepted. times: of
+    time.perf_counter, when it began, was planned, was computed, and when all was taken in. The
+    fields are explained in sessions/week3/trace.md.
     """
     start, planned, computed, end = times
     return {
@@ -147,11 +149,13 @@ def step_record(
                 "request_id": part.request_id,
                 "num_computed_tokens": part.num_computed_tokens,
                 "num_tokens": len(part.token_ids),
+                "num_drafts": part.num_drafts,
                 "catches_up": part.catches_up,
                 "block_table": list(blocks.block_table(part.request_id)),
             }
             for part in step.parts
         ],
+        "num_accepted": num_accepted,
         "preempted": list(step.preempted),
         "finished": {d.request_id: d.finish_reason for d in deltas if d.finish_reason},
         "num_waiting": scheduler.num_waiting,
@@ -242,6 +246,7 @@ class Engine:
         limits: EngineLimits,
         make_attend=paged_attend,
         on_step=None,
+        speculator=None,
     ):
         longest = model.config.max_position_embeddings
         if longest < limits.max_model_len:
@@ -259,9 +264,12 @@ class Engine:
         sizes = (limits.max_num_seqs, limits.token_budget, limits.max_model_len)
         self.scheduler = Scheduler(self.blocks, *sizes)
         pool = paged_cache_for(model, limits.num_blocks, limits.block_size)
-        self.runner = ModelRunner(model, pool, self.blocks, *sizes, make_attend)
+        self.speculator = speculator
+        extra = {} if speculator is None else {"choose": speculator.choose}
+        self.runner = ModelRunner(model, pool, self.blocks, *sizes, make_attend, **extra)
         self.live: dict[str, _Live] = {}
-        self.count = 0
+        self.count = self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.fed: set[str] = set()
 
     @property
     def num_unfinished(self) -> int:
@@ -291,6 +299,8 @@ class Engine:
         state.min_tokens, state.eos_token_ids = params.min_tokens, frozenset(ends)
         state.num_logprobs = params.logprobs
         self.runner.add(request_id, state)
+        if self.speculator:
+            self.speculator.add(request_id, state)
 
         def decode(ids: list[int]) -> str:
             return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -303,7 +313,15 @@ class Engine:
 
     def step(self) -> list[Delta]:
         times = [time.perf_counter()]
-        step = self.scheduler.schedule()
+        drafts, wanting = {}, [name for name in self.live if name in self.fed]
+        if self.speculator and wanting:
+            try:
+                drafts = self.speculator.propose(wanting)
+            except Exception as problem:
+                self._drop(wanting)
+                self._tidy()
+                raise StepFailed(wanting) from problem
+        step = self.scheduler.schedule(drafts)
         if not step.parts:
             return []
         times.append(time.perf_counter())
@@ -320,21 +338,36 @@ class Engine:
             self._tidy()
             raise StepFailed(names) from problem
         times.append(time.perf_counter())
-        tokens = {name: [choice.token_id] for name, choice in chosen.items()}
+        tokens = {name: [choice.token_id for choice in some] for name, some in chosen.items()}
         outputs = self.scheduler.update(step, tokens)
+        num_accepted = self._count(step, tokens)
         deltas = [self._tell(one, chosen[one.request_id]) for one in outputs]
         deltas = [one for one in deltas if one.choices or one.text or one.finish_reason]
         self._tidy()
         if self.on_step:
             times.append(time.perf_counter())
-            record = step_record(self.count, step, deltas, times, self.scheduler, self.blocks)
-            self.on_step(record)
+            about = self.count, step, num_accepted, deltas, times
+            self.on_step(step_record(*about, self.scheduler, self.blocks))
         self.count += 1
         return deltas
 
-    def _tell(self, output, choice: Choice) -> Delta:
+    def _count(self, step, tokens) -> int:
+        self.fed = {*tokens}
+        accepted = 0
+        for part in step.parts:
+            if part.num_drafts:
+                self.num_drafts += 1
+                self.num_draft_tokens += part.num_drafts
+                accepted += len(tokens[part.request_id]) - 1
+        self.num_accepted_tokens += accepted
+        return accepted
+
+    def _tell(self, output, choices: Sequence[Choice]) -> Delta:
         name, live = output.request_id, self.live[output.request_id]
-        pieces = [live.stream.add(choice)] if output.token_ids else []
+        pieces = []
+        for choice, _ in zip(choices, output.token_ids, strict=False):
+            if not live.stream.matched:
+                pieces.append(live.stream.add(choice))
         if live.stream.matched or output.finish_reason:
             pieces.append(live.stream.flush())
             self._drop([name])
@@ -347,6 +380,8 @@ class Engine:
         for name in names:
             self.scheduler.abort(name)
             self.runner.remove(name)
+            if self.speculator:
+                self.speculator.remove(name)
             self.live.pop(name, None)
 
     def _tidy(self) -> None:
@@ -357,8 +392,11 @@ class Engine:
 class LLM:
     """A counter for names, and a loop."""
 
-    def __init__(self, model, tokenizer, eos_token_ids, limits, make_attend=paged_attend):
-        self.engine = Engine(model, tokenizer, eos_token_ids, limits, make_attend)
+    def __init__(
+        self, model, tokenizer, eos_token_ids, limits, make_attend=paged_attend, speculator=None
+    ):
+        arguments = model, tokenizer, eos_token_ids, limits, make_attend
+        self.engine = Engine(*arguments, speculator=speculator)
         self.tokenizer = tokenizer
         self.num_named = 0
 

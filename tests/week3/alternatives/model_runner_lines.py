@@ -17,9 +17,9 @@ from week1.qwen import Qwen
 from week1.sampling import SamplingParams, apply_penalties, draw, token_probabilities
 from week3.block_manager import BlockManager, num_blocks_for, slot_mapping
 from week3.paged_attention import PagedBatch, PagedKVCache, paged_attend
-from week3.scheduler import Step
+from week3.scheduler import Scheduled, Step
 
-__all__ = ["sample", "ModelRunner"]
+__all__ = ["probabilities", "make_choices", "sample", "ModelRunner"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,36 @@ class SamplingState:
             self.seed = given if given is not None else secrets.randbelow(2**63)
 
 
+def probabilities(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """Make one row after the other."""
+    return torch.cat([_row(scores, state) for scores, state in zip(logits, states, strict=True)])
+
+
+def make_choices(
+    logits: Tensor, token_ids: Sequence[int], states: Sequence[SamplingState]
+) -> list[Choice]:
+    """Tell one choice after the other."""
+    return [_told(*each) for each in zip(logits, token_ids, states, strict=True)]
+
+
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Choice]:
     """Choose for one request after the other."""
-    return [_choose(scores, state) for scores, state in zip(logits, states, strict=True)]
+    token_ids = []
+    for scores, state in zip(logits, states, strict=True):
+        place = len(state.prompt_ids) + len(state.output_ids)
+        drawn = draw(_row(scores, state), torch.tensor([state.seed]), torch.tensor([place]))
+        token_ids.append(int(drawn))
+    return make_choices(logits, token_ids, states)
 
 
-def _choose(scores: Tensor, state: SamplingState) -> Choice:
+def choose_one(
+    logits: Tensor, parts: Sequence[Scheduled], states: Sequence[SamplingState]
+) -> list[list[Choice]]:
+    """Choose where nothing is guessed."""
+    return [[choice] for choice in sample(logits, states)]
+
+
+def _row(scores: Tensor, state: SamplingState) -> Tensor:
     adjusted, params = scores.clone(), state.params
     for token_id, bias in state.logit_bias.items():
         adjusted[token_id] += bias
@@ -63,15 +87,16 @@ def _choose(scores: Tensor, state: SamplingState) -> Choice:
     if state.min_tokens > len(state.output_ids):
         for token_id in state.eos_token_ids:
             adjusted[token_id] = -math.inf
-    probabilities = token_probabilities(
+    return token_probabilities(
         adjusted[None],
         torch.tensor([params.temperature]),
         torch.tensor([params.top_k]),
         torch.tensor([params.top_p]),
         torch.tensor([params.min_p]),
     )
-    place = len(state.prompt_ids) + len(state.output_ids)
-    token_id = int(draw(probabilities, torch.tensor([state.seed]), torch.tensor([place])))
+
+
+def _told(scores: Tensor, token_id: int, state: SamplingState) -> Choice:
     if state.num_logprobs is None:
         return Choice(token_id)
     logprobs = (scores - scores.logsumexp(0)).tolist()
@@ -92,9 +117,10 @@ class ModelRunner:
         token_budget: int,
         max_model_len: int,
         make_attend: Callable[[PagedKVCache, PagedBatch], Attend] = paged_attend,
+        choose: Callable = choose_one,
     ):
         self.model, self.cache, self.blocks = model, cache, blocks
-        self.make_attend = make_attend
+        self.make_attend, self.choose = make_attend, choose
         self.requests: dict[str, SamplingState] = {}
         width = num_blocks_for(max_model_len, blocks.block_size)
         memory = torch.zeros(max_num_seqs * (width + 2) + 1 + 3 * token_budget, dtype=torch.int64)
@@ -114,15 +140,16 @@ class ModelRunner:
             del self.requests[request_id]
 
     @torch.no_grad()
-    def execute(self, step: Step) -> dict[str, Choice]:
+    def execute(self, step: Step) -> dict[str, tuple[Choice, ...]]:
         """Write, run, choose."""
         ones = [part for part in step.parts if len(part.token_ids) == 1]
         parts = [*ones, *(part for part in reversed(step.parts) if part not in ones)]
-        end, wanted = 0, {}
+        end, wanted, rows = 0, [], []
         for row, part in enumerate(parts):
             end = self._write(row, end, part)
             if part.catches_up and part.request_id in self.requests:
-                wanted[part.request_id] = end - 1
+                wanted.append(part)
+                rows += range(end - part.num_drafts - 1, end)
         ids, positions, slots = self.lines[:, :end]
         batch = PagedBatch(
             slots,
@@ -135,11 +162,13 @@ class ModelRunner:
         hidden = self.model(ids, positions, self.make_attend(self.cache, batch))
         if not wanted:
             return {}
-        states = [self.requests[request_id] for request_id in wanted]
-        choices = sample(self.model.logits(hidden[list(wanted.values())]), states)
-        for state, choice in zip(states, choices, strict=True):
-            state.output_ids += [choice.token_id]
-        return dict(zip(wanted, choices, strict=True))
+        states = [self.requests[part.request_id] for part in wanted]
+        out = {}
+        every = self.choose(self.model.logits(hidden[rows]), wanted, states)
+        for part, state, choices in zip(wanted, states, every, strict=True):
+            state.output_ids += [choice.token_id for choice in choices]
+            out[part.request_id] = tuple(choices)
+        return out
 
     def _write(self, row: int, begin: int, part) -> int:
         table = self.blocks.block_table(part.request_id)

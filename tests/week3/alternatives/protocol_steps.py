@@ -188,7 +188,7 @@ LIMITS = {
     "top_logprobs": lambda x: 0 <= x <= MAX_LOGPROBS,
     "stop": lambda x: x != "" and "" not in ([] if isinstance(x, str) else x),
     "logit_bias": lambda x: all(
-        name and set(name) <= DIGITS and -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS
+        0 < len(name) < 10 and set(name) <= DIGITS and -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS
         for name, bias in x.items()
     ),
 }
@@ -215,7 +215,9 @@ def params_of(body, num_prompt_tokens, max_model_len):
     wanted["max_tokens"] = (lengths or [max(rest, 1) if is_chat else 16])[0]
     wanted["min_tokens"] = given.get("min_tokens", 0)
     if not 0 <= wanted["min_tokens"] <= wanted["max_tokens"]:
-        raise RequestError(400, "min_tokens has to be in [0, max_tokens]", "min_tokens")
+        raise RequestError(
+            400, "min_tokens has to be at least 0, and no more than may come", "min_tokens"
+        )
     wanted["top_k"] = max(given.get("top_k", 0), 0)
     stop = given.get("stop", [])
     wanted["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
