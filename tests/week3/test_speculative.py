@@ -462,7 +462,8 @@ def problem_of(one: Judged, tokens: list[int], possible: Sequence[Sequence[bool]
         return "all tokens but the last one are the first guesses"
     if count < len(one.guesses) and tokens[count] == one.guesses[count]:
         return "the last token is not the guess of its place"
-    if not all(row[token] for row, token in zip(possible, tokens, strict=False)):
+    rows = zip(possible, tokens, strict=False)
+    if not all(0 <= token < len(row) and row[token] for row, token in rows):
         return "a token has probability 0"
     return ""
 
@@ -522,6 +523,14 @@ def test_verify_where_all_is_certain(num_right, is_drawn):
     for one, got in zip(requests, judge(requests), strict=True):
         expected = one.expected.argmax(-1).tolist()[: num_right + 1]
         check_equal(got, expected, "its tokens, of which each is certain", of=f"verify\n{one}")
+
+
+def test_verify_where_rounding_leaves_nothing():
+    """The guess is less likely than it was guessed, and in float32 no other token is more so."""
+    expected = torch.tensor([[0.5, 0.5, 4e-8], [0.2, 0.3, 0.5]])
+    drawn_from = torch.tensor([[0.5, 0.5, 1e-7]])
+    judge([Judged((2,), drawn_from, expected, seed, 3) for seed in range(50)])
+    judge([Judged((0,), expected[:1], expected, seed, 3) for seed in range(50)])
 
 
 def requests_of_every_kind(vocab_size: int = 6) -> list[Judged]:
@@ -990,6 +999,10 @@ class Guesser:
         num_tokens = len(batch.slots)
         text = f"a pass has {num_tokens} tokens; token_budget is {self.token_budget}"
         check_true(num_tokens <= self.token_budget, text, of=self.of)
+        counts = batch.cu_seqlens_q.diff().tolist()
+        text = f"the requests of a pass have {counts} tokens; num_decodes is {batch.num_decodes}"
+        fits = min(counts) > 0 and counts[: batch.num_decodes] == [1] * counts.count(1)
+        check_true(fits, text, of=self.of)
         return plain_attend(cache, batch)
 
     def add(self, request_id: str, num_tokens: int, kind: str = "greedy", **values) -> None:
@@ -1222,6 +1235,15 @@ def test_draft_model_up_to_the_end_of_its_context(max_model_len):
         guesser.grow("a", 0)
 
 
+@pytest.mark.parametrize("num_tokens", [10, 11, 12])
+def test_draft_model_holds_nothing_for_whom_it_cannot_guess(num_tokens):
+    guesser = Guesser(num_blocks=4, block_size=4, max_model_len=12)
+    guesser.add("a", num_tokens)
+    guesser.add("b", 8)
+    guesser.propose(a=2, b=3)
+    guesser.propose(b=3)
+
+
 @pytest.mark.parametrize("num_blocks", [4, 5, 6, 7, 8])
 def test_draft_model_with_too_small_a_pool(num_blocks):
     guesser = Guesser(num_blocks, block_size=3)
@@ -1289,12 +1311,14 @@ def test_draft_model_keeps_nothing_of_who_was_removed():
     with garbage_collected():
         for name in ("before a step", "behind some guesses"):
             guesser.add(name, 6)
-            watched[name] = weakref.ref(guesser.known[name].state)
+            state = guesser.known[name].state
+            watched[name] = weakref.ref(state), weakref.ref(state.params)
+        del state
         guesser.propose(**{"behind some guesses": 3})
         for name in watched:
             guesser.remove(name)
-    alive = sorted(name for name, ref in watched.items() if ref() is not None)
-    check_equal(alive, [], "whose state is still kept", of=guesser.of)
+    alive = sorted(name for name, refs in watched.items() if any(ref() for ref in refs))
+    check_equal(alive, [], "whose state, or params, are still kept", of=guesser.of)
 
 
 def test_draft_model_attends_with_paged_attend_where_nothing_is_said():
