@@ -30,6 +30,7 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "async_engine",
         "protocol",
         "server",
+        "tensor_parallel",
     ),
 }
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.
