@@ -154,6 +154,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="where the model runs; a GPU if there is one"
     )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="spread the model over N processes, each with a GPU if there is one",
+    )
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
@@ -266,6 +273,7 @@ def _request(options: argparse.Namespace):
         dtype=options.dtype,
         quantization=options.quantization,
         device=options.device,
+        tensor_parallel=options.tensor_parallel,
         until=options.until,
         max_tokens=options.max_tokens,
         temperature=options.temperature,

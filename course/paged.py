@@ -123,8 +123,8 @@ def answer_all(
 
     engine: as `paged_engine` makes it. generating: week 1's lab of that name. on_text: gets the
     text of all of them as it comes. ranks: over which the model is spread. Raises ValueError for a
-    request that is refused, RanksEnded when a rank has failed, and what the model raised. Nothing of
-    it is left in the engine, whatever ends it.
+    request that is refused, RanksEnded when a rank has failed, and what the model raised. Nothing
+    of it is left in the engine, whatever ends it.
     """
     lab = importlib.import_module("week3.engine")
     params = lab.GenerationParams(**sampling_params, max_tokens=max_tokens)

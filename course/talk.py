@@ -20,7 +20,7 @@ from course.engine import (
 )
 from course.grading import LabUnusable
 from course.labs import WEEKS, Lab, week_labs
-from course.paged import PagedParams
+from course.paged import PagedParams, RanksEnded
 from course.speed import Stopwatch
 
 TABLE_WIDTH = 84
@@ -35,7 +35,8 @@ class Request:
 
     model: a folder, a hub name, or None for the default. engine: "hybrid", "solutions" or "code".
     dtype: "float32" or "bfloat16". quantization: "int8", "int4" or None. device: "cpu" or "cuda";
-    None means a GPU where there is one. until: the last week whose labs take part; None means all.
+    None means a GPU where there is one. tensor_parallel: how many processes the model is spread
+    over. until: the last week whose labs take part; None means all.
     show_speed: say how fast each answer was, and how fast it is without the labs of later weeks.
     Raises ValueError for max_tokens below 1.
     """
@@ -45,6 +46,7 @@ class Request:
     dtype: str = "float32"
     quantization: str | None = None
     device: str | None = None
+    tensor_parallel: int = 1
     until: str | None = None
     max_tokens: int = 128
     temperature: float = 0.0
@@ -124,13 +126,19 @@ class Conversation:
 
     def _assemble(self) -> Engine:
         request = self.request
+        former = getattr(self, "engine", None)
+        if former is not None:
+            former.close()
         return assemble(
             self._yours,
             *self._parts,
             self._switched_on,
             request.quantization,
             self._device,
-            PagedParams(on_step=self._records.append if request.show_speed else None),
+            PagedParams(
+                tensor_parallel=request.tensor_parallel,
+                on_step=self._records.append if request.show_speed else None,
+            ),
         )
 
     def _surviving_crashes(self, action: Callable[[], Any]) -> Any:
@@ -165,7 +173,7 @@ def chat(request: Request, prompt: str | None) -> int:
             _answer(conversation, [], prompt)
             return 0
         return _read_and_answer(conversation)
-    except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
+    except (LabCrashed, LabUnusable, RanksEnded, models.ModelUnavailable) as error:
         return refuse(error)
 
 
@@ -217,7 +225,7 @@ def generate(request: Request, prompts: list[str], as_json: bool) -> int:
         start = time.perf_counter()
         completion = conversation.complete(prompt_ids, show)
         seconds = time.perf_counter() - start
-    except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
+    except (LabCrashed, LabUnusable, RanksEnded, models.ModelUnavailable) as error:
         return refuse(error)
     if as_json:
         report = _of_completion(prompt_ids, completion) | _of_run(conversation, seconds)
@@ -239,7 +247,7 @@ def _generate_all(request: Request, prompts: list[str], as_json: bool) -> int:
         start = time.perf_counter()
         completions = conversation.complete_all(ids)
         seconds = time.perf_counter() - start
-    except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
+    except (LabCrashed, LabUnusable, RanksEnded, models.ModelUnavailable) as error:
         return refuse(error)
     if as_json:
         reports = [_of_completion(*pair) for pair in zip(ids, completions, strict=True)]

@@ -40,7 +40,7 @@ __all__ = [
 
 # How many numbers `Group.send` takes at most.
 MAX_NUMBERS = 8
-# A collective that takes longer means that a rank hangs; a rank that has not begun for so long, too.
+# Who takes longer for a collective, or to begin, hangs.
 COLLECTIVE_SECONDS, START_SECONDS = 60.0, 600.0
 # Gloo wants a limit for everything; nobody knows when the next request comes.
 NEVER = timedelta(days=1000)
@@ -274,10 +274,10 @@ def shard_model(
     """Make a rank's part of a model, and load it.
 
     tensors, config, dtype: as in `read_shard`, which reads them.
-    Returns a `Qwen` of `shard_config`, in evaluation mode, that needs no gradient. All ranks call it
-    together, with the same arguments; then each gets the hidden states and logits of the whole
-    model, bit by bit the same as the other ranks. attend is called on every rank with the heads of
-    that rank. A layer needs two collectives, the embedding one, the logits one.
+    Returns a `Qwen` of `shard_config`, in evaluation mode, that needs no gradient. When all ranks
+    call theirs together, with the same arguments, each gets the hidden states and logits of the
+    whole model, bit by bit the same as the other ranks. attend is called on every rank with the
+    heads of that rank. A layer needs two collectives, the embedding one, the logits one.
     Of its layers, o_proj and down_proj are `RowParallelLinear`, the other projections plain
     torch.nn.Linear. With tied embeddings, head and embedding have one Parameter.
     No weight is made before it is read, not even an uninitialised one.
@@ -543,9 +543,7 @@ class Ranks:
         self._num_threads = torch.get_num_threads()
         file = str(Path(self._folder.name) / "store")
         share = max(1, self._num_threads // plan.size)
-        self._processes = [
-            self._start((rank, plan, file, share)) for rank in range(1, plan.size)
-        ]
+        self._processes = [self._start((rank, plan, file, share)) for rank in range(1, plan.size)]
         atexit.register(self.stop)
         try:
             torch.set_num_threads(share)
@@ -582,8 +580,8 @@ class Ranks:
             torch.set_num_threads(self._num_threads)
 
     def _start(self, order: tuple) -> subprocess.Popen:
-        # Started as if by hand, and with this process' path: it imports the labs that are used here.
-        # A session of its own keeps Ctrl-C away from it; it ends with its standard input.
+        # With this process' path it imports the labs that this process does. In a session of its
+        # own no Ctrl-C reaches it; it ends with its standard input.
         process = subprocess.Popen(
             [sys.executable, "-c", "from week3.tensor_parallel import run_rank; run_rank()"],
             stdin=subprocess.PIPE,
