@@ -275,7 +275,9 @@ def _sources(
 ) -> dict[Lab, str]:
     parts = {lab.name: lab for lab in week_labs() if takes_part(lab)}
     paging = {parts[name] for name in PAGED_PARTS}
-    pages = paged_params is not None and is_paged(yours | switched_on)
+    size = 1 if paged_params is None else paged_params.tensor_parallel
+    spreads = size > 1 and parts[TENSOR_PARALLEL] in yours | switched_on
+    pages = paged_params is not None and (is_paged(yours | switched_on) or spreads)
     referenced = {lab for lab in parts.values() if lab.week == ALWAYS_ON} | switched_on
     referenced |= paging
     sources = {
@@ -286,7 +288,6 @@ def _sources(
     sources |= {lab: REPLACED if pages else OFF for lab in unused if is_on(sources[lab])}
     if device == "cpu":
         sources |= dict.fromkeys((parts[name] for name in GPU_PARTS), NO_GPU)
-    size = 1 if paged_params is None else paged_params.tensor_parallel
     if size == 1:
         sources[parts[TENSOR_PARALLEL]] = OFF
     elif pages:

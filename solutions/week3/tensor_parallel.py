@@ -58,9 +58,9 @@ class Group(Protocol):
     """The ranks that have a model together, as one of them sees them.
 
     rank: in [0, size). Each method but `abort` is a collective: all ranks call the same ones in the
-    same order, with tensors of the same shape and dtype, and none returns before every rank has
-    come. Every rank gets the same bits. A rank that does not come is an error for the others, after
-    a limit; `receive` alone waits without one.
+    same order, with contiguous tensors of the same shape and dtype, and none returns before every
+    rank has come. Every rank gets the same bits. A rank that does not come is an error for the
+    others, after a limit; `receive` alone waits without one.
     """
 
     rank: int
@@ -280,7 +280,7 @@ def shard_model(
     heads of that rank. A layer needs two collectives, the embedding one, the logits one.
     Of its layers, o_proj and down_proj are `RowParallelLinear`, the other projections plain
     torch.nn.Linear. With tied embeddings, head and embedding have one Parameter.
-    No weight is made before it is read, not even an uninitialised one.
+    No weight is initialised that is read afterwards.
     Raises ValueError as `read_shard` does.
     """
     with torch.device("meta"):
@@ -524,7 +524,8 @@ class Ranks:
 
     leader: the `Leader`, ready to be called. failure: why the ranks have ended, when they have not
     been stopped; None as long as they run. on_failure: called with it, once, from any thread; may
-    be set later.
+    be set later. pids: of the other processes. was_killed: whether one did not end when it was
+    stopped.
     Whatever ends one rank ends all others, at once or after the limit of a collective. The other
     processes end when this one does, however it does.
     Raises RanksFailed when a rank fails before it is ready, and what loading this rank's part
@@ -536,6 +537,7 @@ class Ranks:
         _check(plan, config)
         self.failure: str | None = None
         self.on_failure = on_failure
+        self.was_killed = False
         self._is_over = False
         self._changed = threading.Condition()
         self._num_said = {"here": 0, "ready": 0}
@@ -556,6 +558,11 @@ class Ranks:
             self.stop()
             raise
 
+    @property
+    def pids(self) -> list[int]:
+        """The processes of the other ranks."""
+        return [process.pid for process in self._processes]
+
     def stop(self) -> None:
         """End the other ranks and wait for their processes; may be called again."""
         with self._changed:
@@ -571,6 +578,7 @@ class Ranks:
             try:
                 process.wait(SECONDS_TO_STOP)
             except subprocess.TimeoutExpired:
+                self.was_killed = True
                 process.kill()
                 process.wait()
         if is_first:
