@@ -189,7 +189,7 @@ def read_shard(
     for name, tensor in tensors.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        part = tensor[shard_slices(name, config, rank, size)].to(dtype, copy=True)
+        part = tensor[shard_slices(name, config, rank, size)].to(dtype)
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             part = nn.functional.pad(part, (0, 0, 0, local.vocab_size - len(part)))
         parts[name] = part

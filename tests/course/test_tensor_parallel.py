@@ -194,3 +194,42 @@ def test_a_learners_lab_runs_on_every_rank(tree, model):
     assert done.returncode == 0, done.stdout
     assert "tensor_parallel yours" in done.stdout
     assert "mine, on rank 1" in done.stdout
+
+
+HANGING = """
+import os, signal, sys, time, torch
+from pathlib import Path
+from week3.paged_attention import PagedBatch, paged_cache_for
+from week3.tensor_parallel import Plan, Ranks, RanksFailed
+
+ranks = Ranks(Plan(Path(sys.argv[1]), 2, collective_seconds=3.0))
+cache = paged_cache_for(ranks.leader, 4, 16)
+zero = torch.zeros(1, dtype=torch.int64)
+batch = PagedBatch(zero, zero[None], torch.tensor([0, 1]), zero + 1, 1, 1)
+one_pass = lambda: ranks.leader(zero, zero, ranks.leader.attend(cache, batch))
+one_pass()
+time.sleep(4.0)  # nobody is late who has nothing to do
+one_pass()
+os.kill(ranks.pids[0], signal.SIGSTOP)
+try:
+    one_pass()
+except RanksFailed as error:
+    print("failed:", error)
+print("failure:", ranks.failure)
+"""
+
+
+def test_a_rank_that_hangs_ends_the_others(model):
+    start = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "solutions"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, model],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=2 * SECONDS,
+    )
+    failed, failure = done.stdout.splitlines()
+    assert failed.startswith("failed: rank 0 cannot reach the others: "), done
+    assert failure.startswith("failure: rank 0 cannot reach the others: "), done
+    assert time.monotonic() - start < SECONDS
