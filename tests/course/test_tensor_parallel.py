@@ -202,13 +202,13 @@ from pathlib import Path
 from week3.paged_attention import PagedBatch, paged_cache_for
 from week3.tensor_parallel import Plan, Ranks, RanksFailed
 
-ranks = Ranks(Plan(Path(sys.argv[1]), 2, collective_seconds=3.0))
+ranks = Ranks(Plan(Path(sys.argv[1]), 2, collective_seconds=5.0))
 cache = paged_cache_for(ranks.leader, 4, 16)
 zero = torch.zeros(1, dtype=torch.int64)
 batch = PagedBatch(zero, zero[None], torch.tensor([0, 1]), zero + 1, 1, 1)
 one_pass = lambda: ranks.leader(zero, zero, ranks.leader.attend(cache, batch))
 one_pass()
-time.sleep(4.0)  # nobody is late who has nothing to do
+time.sleep(6.0)  # nobody is late who has nothing to do
 one_pass()
 os.kill(ranks.pids[0], signal.SIGSTOP)
 try:
