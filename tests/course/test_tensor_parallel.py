@@ -233,3 +233,41 @@ def test_a_rank_that_hangs_ends_the_others(model):
     assert failed.startswith("failed: rank 0 cannot reach the others: "), done
     assert failure.startswith("failure: rank 0 cannot reach the others: "), done
     assert time.monotonic() - start < SECONDS
+
+
+RANK = """
+import hashlib, sys, torch
+from pathlib import Path
+from week1.gqa import causal_attend
+from week1.qwen import QwenConfig
+from week3.tensor_parallel import DistributedGroup, Plan, open_checkpoint, shard_model
+
+folder, file, rank, size, dtype = sys.argv[1:]
+plan = Plan(Path(folder), int(size), getattr(torch, dtype))
+group = DistributedGroup(int(rank), plan, file, print, print)
+config = QwenConfig.from_folder(folder)
+part = shard_model(open_checkpoint(folder, "cpu"), config, group, plan.dtype)
+for count in (1, 7, 60):
+    ids = torch.arange(count) * 37 % config.vocab_size
+    hidden = part(ids, torch.arange(count), causal_attend)
+    for x in (hidden, part.logits(hidden)):
+        print(hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_rank_has_the_same_bits(model, tmp_path, dtype):
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "solutions"), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, model, str(tmp_path / "store"), str(rank), "4", dtype],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    said = [rank.communicate(timeout=2 * SECONDS)[0].split() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0, 0]
+    assert len(said[0]) == len(set(said[0])) == 6
+    assert said == [said[0]] * 4
