@@ -189,7 +189,7 @@ def read_shard(
     for name, tensor in tensors.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        part = tensor[shard_slices(name, config, rank, size)].to(dtype, copy=True)
+        part = tensor[shard_slices(name, config, rank, size)].to(dtype)
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             part = nn.functional.pad(part, (0, 0, 0, local.vocab_size - len(part)))
         parts[name] = part
@@ -479,6 +479,8 @@ class DistributedGroup:
         # Ranks of one machine talk to each other over its loopback, and nobody else is let in.
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        if plan.device != "cpu":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
             "gloo" if plan.device == "cpu" else "nccl",
             store=dist.FileStore(file, plan.size),
@@ -545,17 +547,22 @@ class Ranks:
         self._num_threads = torch.get_num_threads()
         file = str(Path(self._folder.name) / "store")
         share = max(1, self._num_threads // plan.size)
-        self._processes = [self._start((rank, plan, file, share)) for rank in range(1, plan.size)]
+        self._processes: list[subprocess.Popen] = []
         atexit.register(self.stop)
         try:
+            for rank in range(1, plan.size):
+                self._processes.append(self._start((rank, plan, file, share)))
             torch.set_num_threads(share)
             self._wait_for("here")
             group = DistributedGroup(0, plan, file, self._explain, self._abort)
             model = _load_part(plan, config, group)
             self.leader = Leader(model, config, group, plan.make_attend)
             self._wait_for("ready")
-        except BaseException:
+        except BaseException as error:
+            reason = self.failure
             self.stop()
+            if reason is not None and not isinstance(error, RanksFailed):
+                raise RanksFailed(reason) from error
             raise
 
     @property
@@ -591,10 +598,10 @@ class Ranks:
         # With this process' path it imports the labs that this process does. In a session of its
         # own no Ctrl-C reaches it; it ends with its standard input.
         process = subprocess.Popen(
-            [sys.executable, "-c", "from week3.tensor_parallel import run_rank; run_rank()"],
+            [sys.executable, "-P", "-c", "import week3.tensor_parallel as lab; lab.run_rank()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
             start_new_session=True,
         )
         with contextlib.suppress(BrokenPipeError):
@@ -606,8 +613,12 @@ class Ranks:
     def _listen(self, rank: int, process: subprocess.Popen) -> None:
         """Note what a rank says of itself, and that it ends."""
         for line in process.stdout:
+            word = line.decode(errors="replace").strip()
+            if word not in self._num_said:  # a lab has printed something while it was imported
+                print(word, file=sys.stderr)
+                continue
             with self._changed:
-                self._num_said[line.decode().strip()] += 1
+                self._num_said[word] += 1
                 self._changed.notify_all()
         status = process.wait()
         if status == LOST:  # so another one has ended first
@@ -662,6 +673,7 @@ def run_rank() -> None:
         model = _load_part(plan, QwenConfig.from_folder(plan.folder), group)
         print("ready", file=said)
         follow(model, group, plan.make_attend)
+        dist.destroy_process_group()
     except RanksFailed:
         os._exit(LOST)
 
@@ -687,10 +699,7 @@ def _check(plan: Plan, config: QwenConfig) -> None:
 
 
 def _load_part(plan: Plan, config: QwenConfig, group: Group) -> Qwen:
-    device = plan.device
-    if device != "cpu":
-        device = f"{device}:{group.rank}"
-        torch.cuda.set_device(device)
+    device = plan.device if plan.device == "cpu" else f"{plan.device}:{group.rank}"
     tensors = open_checkpoint(plan.folder, device)
     model = shard_model(tensors, config, group, plan.dtype)
     if plan.prepare is not None:

@@ -36,6 +36,7 @@ NUM_TESTS = {
     "week3/server": 466,
     "week3/moe": 441,
     "week3/speculative": 441,
+    "week3/tensor_parallel": 204,
     "basic/ring_buffer": 75,
     "basic/free_list": 54,
     "basic/lru_cache": 35,

@@ -194,3 +194,80 @@ def test_a_learners_lab_runs_on_every_rank(tree, model):
     assert done.returncode == 0, done.stdout
     assert "tensor_parallel yours" in done.stdout
     assert "mine, on rank 1" in done.stdout
+
+
+HANGING = """
+import os, signal, sys, time, torch
+from pathlib import Path
+from week3.paged_attention import PagedBatch, paged_cache_for
+from week3.tensor_parallel import Plan, Ranks, RanksFailed
+
+ranks = Ranks(Plan(Path(sys.argv[1]), 2, collective_seconds=5.0))
+cache = paged_cache_for(ranks.leader, 4, 16)
+zero = torch.zeros(1, dtype=torch.int64)
+batch = PagedBatch(zero, zero[None], torch.tensor([0, 1]), zero + 1, 1, 1)
+one_pass = lambda: ranks.leader(zero, zero, ranks.leader.attend(cache, batch))
+one_pass()
+time.sleep(6.0)  # nobody is late who has nothing to do
+one_pass()
+os.kill(ranks.pids[0], signal.SIGSTOP)
+try:
+    one_pass()
+except RanksFailed as error:
+    print("failed:", error)
+print("failure:", ranks.failure)
+"""
+
+
+def test_a_rank_that_hangs_ends_the_others(model):
+    start = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "solutions"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, model],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=2 * SECONDS,
+    )
+    failed, failure = done.stdout.splitlines()
+    assert failed.startswith("failed: rank 0 cannot reach the others: "), done
+    assert failure.startswith("failure: rank 0 cannot reach the others: "), done
+    assert time.monotonic() - start < SECONDS
+
+
+RANK = """
+import hashlib, sys, torch
+from pathlib import Path
+from week1.gqa import causal_attend
+from week1.qwen import QwenConfig
+from week3.tensor_parallel import DistributedGroup, Plan, open_checkpoint, shard_model
+
+folder, file, rank, size, dtype = sys.argv[1:]
+plan = Plan(Path(folder), int(size), getattr(torch, dtype))
+group = DistributedGroup(int(rank), plan, file, print, print)
+config = QwenConfig.from_folder(folder)
+part = shard_model(open_checkpoint(folder, "cpu"), config, group, plan.dtype)
+for count in (1, 7, 60):
+    ids = torch.arange(count) * 37 % config.vocab_size
+    hidden = part(ids, torch.arange(count), causal_attend)
+    for x in (hidden, part.logits(hidden)):
+        print(hashlib.sha256(x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_rank_has_the_same_bits(model, tmp_path, dtype):
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "solutions"), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, model, str(tmp_path / "store"), str(rank), "4", dtype],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    said = [rank.communicate(timeout=2 * SECONDS)[0].split() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0, 0]
+    assert len(said[0]) == len(set(said[0])) == 6
+    assert said == [said[0]] * 4
