@@ -139,7 +139,8 @@ class Metrics:
 
     def collect(self) -> Iterable[Any]:
         """Tell what the scheduler and the pool know, for prometheus_client."""
-        scheduler, blocks = self._engine.engine.scheduler, self._engine.engine.blocks
+        engine = self._engine.engine
+        scheduler, blocks = engine.scheduler, engine.blocks
         used = 1 - blocks.num_free_blocks / blocks.num_blocks
         gauges = {
             "vllm:num_requests_running": ("Requests that run", scheduler.num_running),
@@ -151,6 +152,9 @@ class Metrics:
             "vllm:prompt_tokens": ("Prompt tokens", scheduler.num_prompt_tokens),
             "vllm:prefix_cache_queries": ("Tokens looked for", scheduler.num_prompt_tokens),
             "vllm:prefix_cache_hits": ("Tokens found", scheduler.num_cached_tokens),
+            "vllm:spec_decode_num_drafts": ("Times somebody had guesses", engine.num_drafts),
+            "vllm:spec_decode_num_draft_tokens": ("Guesses", engine.num_draft_tokens),
+            "vllm:spec_decode_num_accepted_tokens": ("Accepted", engine.num_accepted_tokens),
         }
         for kind, found in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (text, value) in found.items():

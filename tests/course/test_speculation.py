@@ -145,6 +145,11 @@ def test_a_server_that_guesses(server, model):
     chunks = server.complete(prompts[0], max_tokens=30, temperature=0, stream=True)
     text = "".join(chunk.choices[0].text for chunk in chunks)
     assert text == server.complete(prompts[0], max_tokens=30, temperature=0).choices[0].text
+    counts = [
+        server.metric(f"vllm:spec_decode_num_{name}_total")
+        for name in ("accepted_tokens", "draft_tokens", "drafts")
+    ]
+    assert 0 < counts[0] < counts[1] and 0 < counts[2] <= counts[1]
     many = server.complete(prompts[0], max_tokens=12, temperature=1.0, n=3, logprobs=2)
     assert len(many.choices) == 3
     server.wait_until_idle()

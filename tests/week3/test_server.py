@@ -1038,7 +1038,8 @@ class Desk:
         counts += ("num_prompt_tokens", "num_cached_tokens")
         scheduler = SimpleNamespace(**{name: i + 1 for i, name in enumerate(counts)})
         limits = SimpleNamespace(max_model_len=CONTEXT, max_num_seqs=8)
-        self.engine = SimpleNamespace(limits=limits, scheduler=scheduler, blocks=blocks)
+        guesses = {"num_drafts": 1, "num_draft_tokens": 3, "num_accepted_tokens": 2}
+        self.engine = SimpleNamespace(limits=limits, scheduler=scheduler, blocks=blocks, **guesses)
         self.calls: list[str] = []
 
     def submit(self, request_id: str, prompt_ids: Sequence[int], params: Any) -> Handle:
