@@ -41,8 +41,7 @@ def store_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) 
         elements, of which one head of one block spans fewer.
     slots: (tokens,) int64: where each token goes, no slot twice; a token with slot -1 is padding,
         which is stored nowhere and may hold anything. Other slots stay as they are.
-    One launch of a kernel stores both. They are read where they lie: nothing is made that grows
-    with the tokens or with the pool. The host does not wait for the device.
+    One launch of a kernel stores both, and the host does not wait for the device.
     """
     num_kv_heads, num_tokens, head_dim = k.shape
     _store_kernel[num_tokens,](
@@ -86,8 +85,8 @@ def paged_prefill(
     rounding. Only a weight may be rounded to q's dtype, before it meets its value.
     What lies in other slots is not looked at: it may be anything, NaN too. Nor are the tokens that
     stand 256 places or more behind a query: they may be NaN, as far as this query is concerned.
-    q, keys, values and block_tables are read where they lie: nothing is made beside the result that
-    grows with one of them. The arguments are left as they were.
+    Keys and values are read where they lie: nothing is made beside the result that grows with the
+    tokens or with the pool. The arguments are left as they were.
     Raises ValueError, which names both numbers, when num_heads does not divide by num_kv_heads, and
     when head_dim is above 128.
     Source: Kwon et al. 2023, arXiv:2309.06180, section 4.3; Dao 2023, arXiv:2307.08691.

@@ -28,7 +28,7 @@ NUM_TESTS = {
     "week3/prefix_caching": 231,
     "week3/scheduler": 377,
     "week3/paged_attention": 360,
-    "week3/paged_kernels": 464,
+    "week3/paged_kernels": 453,
     "week3/model_runner": 247,
     "week3/engine": 340,
     "week3/async_engine": 120,

@@ -15,11 +15,11 @@ _TOKENS_OF_A_TILE = 16
 
 def store_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Give every token and head a program."""
-    num_heads, num_tokens, head_dim = k.shape
+    k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
+    num_tokens, num_heads, head_dim = k.shape
     _store_row[num_heads, num_tokens](
-        *(k, v, keys, values, slots),
-        *(*k.stride(), *v.stride(), *keys.stride(), *values.stride()),
-        *(keys.shape[2], head_dim, triton.next_power_of_2(head_dim)),
+        *(k, v, keys, values, slots, *keys.stride(), *values.stride()),
+        *(num_heads, keys.shape[2], head_dim, triton.next_power_of_2(head_dim)),
     )
 
 
@@ -95,12 +95,6 @@ def _store_row(
     keys,
     values,
     slots,
-    new_k_head,
-    new_k_token,
-    new_k_dim,
-    new_v_head,
-    new_v_token,
-    new_v_dim,
     k_block,
     k_head,
     k_slot,
@@ -109,6 +103,7 @@ def _store_row(
     v_head,
     v_slot,
     v_dim,
+    num_heads,
     block_size,
     head_dim,
     BLOCK_D: tl.constexpr,
@@ -118,13 +113,12 @@ def _store_row(
     d = tl.arange(0, BLOCK_D)
     # Nothing of padding is stored, whatever its place would be.
     mask = (d < head_dim) & (slot >= 0)
-    k += head * new_k_head + token * new_k_token + d * new_k_dim
-    v += head * new_v_head + token * new_v_token + d * new_v_dim
+    at = (token * num_heads + head) * head_dim + d
     block, place = slot // block_size, slot % block_size
     k_at = block * k_block + head * k_head + place * k_slot + d * k_dim
     v_at = block * v_block + head * v_head + place * v_slot + d * v_dim
-    tl.store(keys + k_at, tl.load(k, mask=mask), mask=mask)
-    tl.store(values + v_at, tl.load(v, mask=mask), mask=mask)
+    tl.store(keys + k_at, tl.load(k + at, mask=mask), mask=mask)
+    tl.store(values + v_at, tl.load(v + at, mask=mask), mask=mask)
 
 
 @triton.jit
