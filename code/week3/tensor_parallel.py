@@ -342,7 +342,8 @@ class Plan:
 
     folder: the checkpoint's. size: how many ranks. dtype: of the weights. device: "cpu", or "cuda"
     for a GPU a rank. make_attend: as in `ModelRunner`. prepare: called with each rank's part before
-    it runs. Both are pickled, so that their modules are imported on every rank.
+    it runs. Both are pickled, so that their modules are imported on every rank. collective_seconds:
+    how long a collective may take.
     """
 
     folder: Path
@@ -382,8 +383,8 @@ def open_checkpoint(folder: Path | str, device: torch.device | str) -> dict[str,
 class DistributedGroup:
     """A `Group` by torch.distributed: gloo on a CPU, NCCL on GPUs.
 
-    file: of the file system, the same for all ranks, where they find each other. device: this
-    rank's. on_error: called with the error of a collective; raises. on_abort: called by `abort`.
+    plan, file: the same for all ranks; they find each other by the file, which need not exist.
+    on_error: called with the error of a collective; raises. on_abort: called by `abort`.
     """
 
     def __init__(
@@ -401,7 +402,8 @@ class DistributedGroup:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         if plan.device != "cpu":
             torch.cuda.set_device(rank)
-        dist.init_process_group(
+        self._run(
+            dist.init_process_group,
             "gloo" if plan.device == "cpu" else "nccl",
             store=dist.FileStore(file, plan.size),
             rank=rank,
@@ -409,7 +411,7 @@ class DistributedGroup:
             timeout=timedelta(seconds=plan.collective_seconds),
         )
         # What is to be done next is told on the host: who waits for it needs no GPU, and no limit.
-        self._orders = dist.new_group(backend="gloo", timeout=NEVER)
+        self._orders = self._run(dist.new_group, backend="gloo", timeout=NEVER)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self._run(dist.all_reduce, x)
@@ -434,9 +436,9 @@ class DistributedGroup:
         count, *numbers = padded.tolist()
         return numbers[:count]
 
-    def _run(self, collective: Callable, *args: Any, **options: Any) -> None:
+    def _run(self, collective: Callable, *args: Any, **options: Any) -> Any:
         try:
-            collective(*args, **options)
+            return collective(*args, **options)
         except RuntimeError as error:
             self._on_error(error)
 
@@ -478,11 +480,8 @@ class Ranks:
             model = _load_part(plan, config, group)
             self.leader = Leader(model, config, group, plan.make_attend)
             self._wait_for("ready")
-        except BaseException as error:
-            reason = self.failure
+        except BaseException:
             self.stop()
-            if reason is not None and not isinstance(error, RanksFailed):
-                raise RanksFailed(reason) from error
             raise
 
     @property
