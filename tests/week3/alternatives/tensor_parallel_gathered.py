@@ -456,10 +456,10 @@ class DistributedGroup:
 class Ranks:
     """All ranks of a model: the leader in this process, each other one in a process of its own.
 
-    leader: the `Leader`, ready to be called. failure: why the ranks have ended, when they have not
-    been stopped; None as long as they run. on_failure: called with it, once, from any thread; may
-    be set later. pids: of the other processes. was_killed: whether one did not end when it was
-    stopped.
+    size: how many. leader: the `Leader`, ready to be called. part: its model. failure: why the
+    ranks have ended, when they have not been stopped; None as long as they run. on_failure: called
+    with it, once, from any thread; may be set later. pids: of the other processes. was_killed:
+    whether one did not end when it was stopped.
     Whatever ends one rank ends all others, at once or after the limit of a collective. The other
     processes end when this one does, however it does.
     Raises RanksFailed when a rank fails before it is ready, and what loading this rank's part
@@ -469,6 +469,7 @@ class Ranks:
     def __init__(self, plan: Plan, on_failure: Callable[[str], None] | None = None):
         config = QwenConfig.from_folder(plan.folder)
         _check(plan, config)
+        self.size = plan.size
         self.failure: str | None = None
         self.on_failure = on_failure
         self.was_killed = False
@@ -487,8 +488,8 @@ class Ranks:
             torch.set_num_threads(share)
             self._wait_for("here")
             group = DistributedGroup(0, plan, file, self._explain, self._abort)
-            model = _load_part(plan, config, group)
-            self.leader = Leader(model, config, group, plan.make_attend)
+            self.part = _load_part(plan, config, group)
+            self.leader = Leader(self.part, config, group, plan.make_attend)
             self._wait_for("ready")
         except BaseException:
             self.stop()
