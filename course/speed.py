@@ -53,7 +53,9 @@ class Stopwatch:
 
     def _bytes_of_a_token(self, known: Sequence[int]) -> float:
         """Bytes that a later step has to read: the weights, and the keys and values in a cache."""
-        model = self.engine.model
+        model, ranks = self.engine.model, self.engine.ranks
+        if ranks is not None:  # all ranks have as much as the leader
+            model = ranks.part
         num_bytes = sum(parameter.nbytes for parameter in model.parameters())
         # A quantized weight is no parameter, and its module says how large it is.
         num_bytes += sum(getattr(module, "nbytes", 0) for module in model.modules())
@@ -61,7 +63,7 @@ class Stopwatch:
         if self.engine.make_attend is not None or self.engine.paged is not None:
             per_token = kv_bytes_per_token(model.config, model.embed_tokens.weight.itemsize)
             num_bytes += per_token * sum(known) / len(known)
-        return num_bytes
+        return num_bytes if ranks is None else num_bytes * ranks.size
 
 
 def _chooses(record: dict[str, Any]) -> bool:

@@ -342,7 +342,8 @@ class Plan:
 
     folder: the checkpoint's. size: how many ranks. dtype: of the weights. device: "cpu", or "cuda"
     for a GPU a rank. make_attend: as in `ModelRunner`. prepare: called with each rank's part before
-    it runs. Both are pickled, so that their modules are imported on every rank.
+    it runs. Both are pickled, so that their modules are imported on every rank. collective_seconds:
+    how long a collective may take.
     """
 
     folder: Path
@@ -382,8 +383,8 @@ def open_checkpoint(folder: Path | str, device: torch.device | str) -> dict[str,
 class DistributedGroup:
     """A `Group` by torch.distributed: gloo on a CPU, NCCL on GPUs.
 
-    file: of the file system, the same for all ranks, where they find each other. device: this
-    rank's. on_error: called with the error of a collective; raises. on_abort: called by `abort`.
+    plan, file: the same for all ranks; they find each other by the file, which need not exist.
+    on_error: called with the error of a collective; raises. on_abort: called by `abort`.
     """
 
     def __init__(
@@ -401,7 +402,8 @@ class DistributedGroup:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         if plan.device != "cpu":
             torch.cuda.set_device(rank)
-        dist.init_process_group(
+        self._run(
+            dist.init_process_group,
             "gloo" if plan.device == "cpu" else "nccl",
             store=dist.FileStore(file, plan.size),
             rank=rank,
@@ -409,7 +411,7 @@ class DistributedGroup:
             timeout=timedelta(seconds=plan.collective_seconds),
         )
         # What is to be done next is told on the host: who waits for it needs no GPU, and no limit.
-        self._orders = dist.new_group(backend="gloo", timeout=NEVER)
+        self._orders = self._run(dist.new_group, backend="gloo", timeout=NEVER)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self._run(dist.all_reduce, x)
@@ -434,9 +436,9 @@ class DistributedGroup:
         count, *numbers = padded.tolist()
         return numbers[:count]
 
-    def _run(self, collective: Callable, *args: Any, **options: Any) -> None:
+    def _run(self, collective: Callable, *args: Any, **options: Any) -> Any:
         try:
-            collective(*args, **options)
+            return collective(*args, **options)
         except RuntimeError as error:
             self._on_error(error)
 
@@ -444,10 +446,10 @@ class DistributedGroup:
 class Ranks:
     """All ranks of a model: the leader in this process, each other one in a process of its own.
 
-    leader: the `Leader`, ready to be called. failure: why the ranks have ended, when they have not
-    been stopped; None as long as they run. on_failure: called with it, once, from any thread; may
-    be set later. pids: of the other processes. was_killed: whether one did not end when it was
-    stopped.
+    size: how many. leader: the `Leader`, ready to be called. part: its model. failure: why the
+    ranks have ended, when they have not been stopped; None as long as they run. on_failure: called
+    with it, once, from any thread; may be set later. pids: of the other processes. was_killed:
+    whether one did not end when it was stopped.
     Whatever ends one rank ends all others, at once or after the limit of a collective. The other
     processes end when this one does, however it does.
     Raises RanksFailed when a rank fails before it is ready, and what loading this rank's part
@@ -457,6 +459,7 @@ class Ranks:
     def __init__(self, plan: Plan, on_failure: Callable[[str], None] | None = None):
         config = QwenConfig.from_folder(plan.folder)
         _check(plan, config)
+        self.size = plan.size
         self.failure: str | None = None
         self.on_failure = on_failure
         self.was_killed = False
@@ -475,14 +478,11 @@ class Ranks:
             torch.set_num_threads(share)
             self._wait_for("here")
             group = DistributedGroup(0, plan, file, self._explain, self._abort)
-            model = _load_part(plan, config, group)
-            self.leader = Leader(model, config, group, plan.make_attend)
+            self.part = _load_part(plan, config, group)
+            self.leader = Leader(self.part, config, group, plan.make_attend)
             self._wait_for("ready")
-        except BaseException as error:
-            reason = self.failure
+        except BaseException:
             self.stop()
-            if reason is not None and not isinstance(error, RanksFailed):
-                raise RanksFailed(reason) from error
             raise
 
     @property

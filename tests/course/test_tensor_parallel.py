@@ -150,6 +150,13 @@ def test_a_rank_that_is_killed_ends_the_server_with_a_sentence(model, is_busy):
     assert time.monotonic() - start < SECONDS
 
 
+def test_the_speed_of_two_ranks(model):
+    words = ("--engine", "solutions", "--model", model, "--prompt", "Hello", "--show-speed")
+    done = course("generate", *words, "--max-tokens", "5", "--tensor-parallel", "2")
+    assert done.returncode == 0, done
+    assert "tokens/s, which read " in done.stdout and "with week 1 alone" in done.stdout
+
+
 def test_generate_on_two_ranks(model):
     words = ("generate", "--engine", "solutions", "--model", model, "--max-tokens", "12", "--json")
     prompts = ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1])

@@ -352,7 +352,8 @@ class Plan:
 
     folder: the checkpoint's. size: how many ranks. dtype: of the weights. device: "cpu", or "cuda"
     for a GPU a rank. make_attend: as in `ModelRunner`. prepare: called with each rank's part before
-    it runs. Both are pickled, so that their modules are imported on every rank.
+    it runs. Both are pickled, so that their modules are imported on every rank. collective_seconds:
+    how long a collective may take.
     """
 
     folder: Path
@@ -392,8 +393,8 @@ def open_checkpoint(folder: Path | str, device: torch.device | str) -> dict[str,
 class DistributedGroup:
     """A `Group` by torch.distributed: gloo on a CPU, NCCL on GPUs.
 
-    file: of the file system, the same for all ranks, where they find each other. device: this
-    rank's. on_error: called with the error of a collective; raises. on_abort: called by `abort`.
+    plan, file: the same for all ranks; they find each other by the file, which need not exist.
+    on_error: called with the error of a collective; raises. on_abort: called by `abort`.
     """
 
     def __init__(
@@ -409,7 +410,10 @@ class DistributedGroup:
         # Ranks of one machine talk to each other over its loopback, and nobody else is let in.
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-        dist.init_process_group(
+        if plan.device != "cpu":
+            torch.cuda.set_device(rank)
+        self._run(
+            dist.init_process_group,
             "gloo" if plan.device == "cpu" else "nccl",
             store=dist.FileStore(file, plan.size),
             rank=rank,
@@ -417,7 +421,7 @@ class DistributedGroup:
             timeout=timedelta(seconds=plan.collective_seconds),
         )
         # What is to be done next is told on the host: who waits for it needs no GPU, and no limit.
-        self._orders = dist.new_group(backend="gloo", timeout=NEVER)
+        self._orders = self._run(dist.new_group, backend="gloo", timeout=NEVER)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         self._run(dist.all_reduce, x)
@@ -442,9 +446,9 @@ class DistributedGroup:
         count, *numbers = padded.tolist()
         return numbers[:count]
 
-    def _run(self, collective: Callable, *args: Any, **options: Any) -> None:
+    def _run(self, collective: Callable, *args: Any, **options: Any) -> Any:
         try:
-            collective(*args, **options)
+            return collective(*args, **options)
         except RuntimeError as error:
             self._on_error(error)
 
@@ -452,10 +456,10 @@ class DistributedGroup:
 class Ranks:
     """All ranks of a model: the leader in this process, each other one in a process of its own.
 
-    leader: the `Leader`, ready to be called. failure: why the ranks have ended, when they have not
-    been stopped; None as long as they run. on_failure: called with it, once, from any thread; may
-    be set later. pids: of the other processes. was_killed: whether one did not end when it was
-    stopped.
+    size: how many. leader: the `Leader`, ready to be called. part: its model. failure: why the
+    ranks have ended, when they have not been stopped; None as long as they run. on_failure: called
+    with it, once, from any thread; may be set later. pids: of the other processes. was_killed:
+    whether one did not end when it was stopped.
     Whatever ends one rank ends all others, at once or after the limit of a collective. The other
     processes end when this one does, however it does.
     Raises RanksFailed when a rank fails before it is ready, and what loading this rank's part
@@ -465,6 +469,7 @@ class Ranks:
     def __init__(self, plan: Plan, on_failure: Callable[[str], None] | None = None):
         config = QwenConfig.from_folder(plan.folder)
         _check(plan, config)
+        self.size = plan.size
         self.failure: str | None = None
         self.on_failure = on_failure
         self.was_killed = False
@@ -475,14 +480,16 @@ class Ranks:
         self._num_threads = torch.get_num_threads()
         file = str(Path(self._folder.name) / "store")
         share = max(1, self._num_threads // plan.size)
-        self._processes = [self._start((rank, plan, file, share)) for rank in range(1, plan.size)]
+        self._processes: list[subprocess.Popen] = []
         atexit.register(self.stop)
         try:
+            for rank in range(1, plan.size):
+                self._processes.append(self._start((rank, plan, file, share)))
             torch.set_num_threads(share)
             self._wait_for("here")
             group = DistributedGroup(0, plan, file, self._explain, self._abort)
-            model = _load_part(plan, config, group)
-            self.leader = Leader(model, config, group, plan.make_attend)
+            self.part = _load_part(plan, config, group)
+            self.leader = Leader(self.part, config, group, plan.make_attend)
             self._wait_for("ready")
         except BaseException:
             self.stop()
@@ -521,10 +528,10 @@ class Ranks:
         # With this process' path it imports the labs that this process does. In a session of its
         # own no Ctrl-C reaches it; it ends with its standard input.
         process = subprocess.Popen(
-            [sys.executable, "-c", "from week3.tensor_parallel import run_rank; run_rank()"],
+            [sys.executable, "-P", "-c", "import week3.tensor_parallel as lab; lab.run_rank()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
             start_new_session=True,
         )
         with contextlib.suppress(BrokenPipeError):
@@ -536,8 +543,12 @@ class Ranks:
     def _listen(self, rank: int, process: subprocess.Popen) -> None:
         """Note what a rank says of itself, and that it ends."""
         for line in process.stdout:
+            word = line.decode(errors="replace").strip()
+            if word not in self._num_said:  # a lab has printed something while it was imported
+                print(word, file=sys.stderr)
+                continue
             with self._changed:
-                self._num_said[line.decode().strip()] += 1
+                self._num_said[word] += 1
                 self._changed.notify_all()
         status = process.wait()
         if status == LOST:  # so another one has ended first
@@ -592,6 +603,7 @@ def run_rank() -> None:
         model = _load_part(plan, QwenConfig.from_folder(plan.folder), group)
         print("ready", file=said)
         follow(model, group, plan.make_attend)
+        dist.destroy_process_group()
     except RanksFailed:
         os._exit(LOST)
 
@@ -617,10 +629,7 @@ def _check(plan: Plan, config: QwenConfig) -> None:
 
 
 def _load_part(plan: Plan, config: QwenConfig, group: Group) -> Qwen:
-    device = plan.device
-    if device != "cpu":
-        device = f"{device}:{group.rank}"
-        torch.cuda.set_device(device)
+    device = plan.device if plan.device == "cpu" else f"{plan.device}:{group.rank}"
     tensors = open_checkpoint(plan.folder, device)
     model = shard_model(tensors, config, group, plan.dtype)
     if plan.prepare is not None:
