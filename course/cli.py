@@ -110,8 +110,16 @@ def _parser() -> argparse.ArgumentParser:
         "week2/flash_attention",
     )
     kernels.add_argument("labs", nargs="*", help="such as week2; nothing means every lab with some")
-    kernels.add_argument(
+    of_whom = kernels.add_mutually_exclusive_group()
+    of_whom.add_argument(
         "--solutions", action="store_true", help="those of the reference, not yours"
+    )
+    of_whom.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="LAB",
+        help="take week2, or week2/flash_decoding, from the reference; yours call it",
     )
     lint = word(
         "lint-transcript",
@@ -154,6 +162,22 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="where the model runs; a GPU if there is one"
     )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="spread the model over N processes, each with a GPU if there is one",
+    )
+    parser.add_argument(
+        "--speculative",
+        choices=("ngram", "draft"),
+        help="guess tokens ahead, from the text so far or by a smaller model",
+    )
+    parser.add_argument(
+        "--draft-model", metavar="DIR", help="the smaller model: a folder, or a name on the hub"
+    )
+    parser.add_argument("--num-drafts", type=int, default=4, metavar="N", help="at most, in a step")
 
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
@@ -266,6 +290,10 @@ def _request(options: argparse.Namespace):
         dtype=options.dtype,
         quantization=options.quantization,
         device=options.device,
+        tensor_parallel=options.tensor_parallel,
+        speculative=options.speculative,
+        draft_model=options.draft_model,
+        num_drafts=options.num_drafts,
         until=options.until,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
@@ -306,14 +334,16 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    from course import kernels
+    from course import kernels, layers
     from course.grading import LabUnusable
 
     labs = [lab for text in options.labs for lab in find_labs(text)]
     if len(options.labs) < len(labs):  # a week, of which not every lab has kernels
         labs = [lab for lab in labs if lab in kernels.labs_with_kernels()]
     try:
-        return kernels.kernels(labs, "solutions" if options.solutions else "code")
+        if options.solutions:
+            return kernels.kernels(labs, "solutions")
+        return kernels.kernels(labs, "code", layers.named_references(options.reference))
     except LabUnusable as error:
         print(f"course: {error}")
         return 1

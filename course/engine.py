@@ -3,7 +3,8 @@
 Week 1 is the engine. A lab of a later week makes it faster and is off until it is switched on: by
 passing in code/, by a line in progress/reference.txt, or by asking for the reference altogether.
 Week 3 is another engine around the same model: one of its labs switches it on, with the reference
-for its others, since none of them runs without the rest.
+for its others, since none of them runs without the rest. Its lab on experts is none of these: it
+loads every model that has experts, and no other.
 """
 
 import functools
@@ -13,13 +14,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from course import grading, layers, paged
+from course import grading, layers, models, paged
 from course.labs import WEEKS, Lab, week_labs
 from course.paged import PagedParams
 
 YOURS, REFERENCE, OFF, NO_GPU, REPLACED = "yours", "reference", "off", "no GPU", "replaced"
 ALWAYS_ON = "week1"
-QUANTIZATION = "week2/quantization"
+QUANTIZATION, MOE = "week2/quantization", "week3/moe"
+SPECULATIVE, TENSOR_PARALLEL = "week3/speculative", "week3/tensor_parallel"
 # On a CPU nothing but Triton's interpreter could run them.
 GPU_PARTS = (
     "week2/fused_kernels",
@@ -44,7 +46,15 @@ ROW_PARTS = (
     "week2/continuous_batching",
 )
 # Labs of later weeks that the engine can run; the others are used beside it.
-LATER_PARTS = (*ROW_PARTS, QUANTIZATION, "week2/fused_kernels", *PAGED_PARTS)
+LATER_PARTS = (
+    *ROW_PARTS,
+    QUANTIZATION,
+    "week2/fused_kernels",
+    *PAGED_PARTS,
+    MOE,
+    SPECULATIVE,
+    TENSOR_PARALLEL,
+)
 # Of prompts that run together: how many at once, and how many tokens they compute in one step.
 NUM_ROWS = 32
 TOKEN_BUDGET = 256
@@ -69,7 +79,8 @@ class Engine:
     sources: every lab that takes part, "yours", "reference", "off", "no GPU" or "replaced".
     next_logits: maps all ids so far to the scores of the next one. make_attend: what passes over a
     cache attend by, None without one. batching: the lab that runs prompts together; None when off.
-    paged: week 3's Engine, which takes the place of these three; None when off.
+    paged: week 3's Engine, which takes the place of these three; None when off. ranks: those that
+    the model is spread over, see week3/tensor_parallel.py; None when it is in one process.
     """
 
     sources: dict[Lab, str]
@@ -83,6 +94,12 @@ class Engine:
     batching: ModuleType | None
     paged: Any | None
     blame: "_Blame"
+    ranks: Any | None = None
+
+    def close(self) -> None:
+        """End what runs beside this process; the engine is of no use afterwards."""
+        if self.ranks is not None:
+            self.ranks.stop()
 
     def complete(
         self,
@@ -148,9 +165,16 @@ class Engine:
                 for token_ids, finish_reason in completions
             ]
 
-    def _complete_paged(self, prompts: Sequence[Sequence[int]], *wanted: Any) -> list[Any]:
+    def _complete_paged(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling_params: dict[str, Any],
+        max_tokens: int,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Any]:
+        wanted = sampling_params, max_tokens, on_text
         with self.blame:
-            return paged.answer_all(self.paged, self.generating, prompts, *wanted)
+            return paged.answer_all(self.paged, self.generating, prompts, *wanted, self.ranks)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -195,43 +219,73 @@ def assemble(
     later weeks. quantization: "int8" or "int4"; with None, the lab of that name is off. device:
     "cpu", on which kernels do not run, or "cuda". paged_params: of week 3's engine; None leaves its
     labs off. Raises LabCrashed for an error in a learner's file, ValueError for a bad checkpoint,
-    and when the lab that quantizes is not switched on.
+    and when a lab that is asked for is not switched on, RanksEnded when a rank does not begin.
     """
     import torch
 
     chosen = set(yours)
-    sources = _sources(chosen, set(switched_on), quantization, device, paged_params is not None)
+    sources = _sources(chosen, set(switched_on), quantization, device, paged_params)
+    sources |= _source_of_experts(sources, models.has_experts(folder), quantization)
     blame = _Blame(sources, _activate(chosen))
     with blame:
         labs = {
             lab.name: grading.import_lab(lab) for lab, source in sources.items() if is_on(source)
         }
-        model = labs["week1/qwen"].load_model(folder, getattr(torch, dtype), device)
-        if "week2/fused_kernels" in labs:
-            labs["week2/fused_kernels"].fuse(model)
-        if quantization is not None:
-            labs[QUANTIZATION].quantize_model(model, quantization)
+        prepare = functools.partial(
+            paged.prepare_model, fused="week2/fused_kernels" in labs, quantization=quantization
+        )
+        ranks = None
+        if TENSOR_PARALLEL in labs:
+            of_ranks = getattr(torch, dtype), device, paged_params.tensor_parallel, prepare
+            ranks = paged.start_ranks(folder, *of_ranks)
+            model = ranks.leader
+        else:
+            loading = labs[MOE if MOE in labs else "week1/qwen"]
+            model = loading.load_model(folder, getattr(torch, dtype), device)
+            prepare(model)
         make_attend = _make_attend(labs)
         next_logits = _next_logits(labs, model, make_attend)
         engine = None
         if "week3/engine" in labs:
-            engine = paged.paged_engine(model, tokenizer, eos_token_ids, device, paged_params)
+            attend = paged.make_attend(device) if ranks is None else model.attend
+            of_engine = model, tokenizer, eos_token_ids, device, paged_params, attend
+            engine = _or_stop(ranks, lambda: paged.paged_engine(*of_engine))
     modules = (
         labs["week1/generate"],
         labs["week1/sampling"],
         labs.get("week2/continuous_batching"),
     )
     return Engine(
-        sources, model, tokenizer, eos_token_ids, next_logits, make_attend, *modules, engine, blame
+        *(sources, model, tokenizer, eos_token_ids, next_logits, make_attend),
+        *(*modules, engine, blame, ranks),
     )
 
 
+def _or_stop(ranks: Any | None, action: Callable[[], Any]) -> Any:
+    """Return what the action does; when it raises, the ranks end."""
+    try:
+        return action()
+    except BaseException:
+        if ranks is not None:
+            ranks.stop()
+        raise
+
+
 def _sources(
-    yours: set[Lab], switched_on: set[Lab], quantization: str | None, device: str, may_page: bool
+    yours: set[Lab],
+    switched_on: set[Lab],
+    quantization: str | None,
+    device: str,
+    paged_params: PagedParams | None,
 ) -> dict[Lab, str]:
     parts = {lab.name: lab for lab in week_labs() if takes_part(lab)}
     paging = {parts[name] for name in PAGED_PARTS}
-    pages = may_page and is_paged(yours | switched_on)
+    asked = {} if paged_params is None else paged_params.asked
+    wanted = {parts[name] for name in asked}
+    # Who asks for one of these labs, and has it, asks for the engine that it belongs to.
+    pages = paged_params is not None and (
+        is_paged(yours | switched_on) or bool(wanted & (yours | switched_on))
+    )
     referenced = {lab for lab in parts.values() if lab.week == ALWAYS_ON} | switched_on
     referenced |= paging
     sources = {
@@ -242,6 +296,16 @@ def _sources(
     sources |= {lab: REPLACED if pages else OFF for lab in unused if is_on(sources[lab])}
     if device == "cpu":
         sources |= dict.fromkeys((parts[name] for name in GPU_PARTS), NO_GPU)
+    for name in (SPECULATIVE, TENSOR_PARALLEL):
+        if name not in asked:
+            sources[parts[name]] = OFF
+        elif pages:
+            sources[parts[name]] = YOURS if parts[name] in yours else REFERENCE
+        else:
+            raise ValueError(
+                f"{asked[name]} needs week 3's engine: pass the suite of one of its labs, or write "
+                "week3 into progress/reference.txt, or ask for --engine solutions"
+            )
     quantizing = parts[QUANTIZATION]
     if quantization is None:
         sources[quantizing] = OFF
@@ -252,6 +316,20 @@ def _sources(
             "for --engine solutions"
         )
     return sources
+
+
+def _source_of_experts(
+    sources: dict[Lab, str], has_experts: bool, quantization: str | None
+) -> dict[Lab, str]:
+    """Say whose lab loads the experts: a model with experts has no other way, a dense one none."""
+    (moe,) = (lab for lab in sources if lab.name == MOE)
+    if not has_experts:
+        return {moe: OFF}
+    if quantization is not None:
+        raise ValueError(f"--quantization {quantization} knows nothing of a model with experts")
+    if any(lab.name == TENSOR_PARALLEL and is_on(source) for lab, source in sources.items()):
+        raise ValueError("--tensor-parallel knows nothing of a model with experts")
+    return {moe: sources[moe] if is_on(sources[moe]) else REFERENCE}
 
 
 def _make_attend(labs: Mapping[str, ModuleType]) -> Callable | None:

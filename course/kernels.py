@@ -60,11 +60,12 @@ class Compiled:
         return ""
 
 
-def kernels(labs: Sequence[Lab], tree: str) -> int:
+def kernels(labs: Sequence[Lab], tree: str, references: Sequence[Lab] = ()) -> int:
     """Compile the kernels of some labs, or of all, and print what became of them.
 
-    tree: "code" or "solutions". Returns 1 when one spills, does not fit or is refused. Raises
-    ValueError when a named lab has no kernels.
+    tree: "code" or "solutions". references: labs to take from the reference, which none of the
+    named ones is. Returns 1 when one spills, does not fit or is refused. Raises ValueError when a
+    named lab has no kernels.
     """
     known = labs_with_kernels()
     without = [lab for lab in labs if lab not in known]
@@ -79,9 +80,14 @@ def kernels(labs: Sequence[Lab], tree: str) -> int:
     os.environ.setdefault("TRITON_CACHE_DIR", str(layers.STATE / "triton"))
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     grading.session.tree = tree
-    grading.activate(layers.folders(tree, {}))
+    references = [lab for lab in references if lab not in labs]
+    overlaid = {f"{lab.name}.py": lab.solution for lab in references}
+    grading.activate(layers.folders(tree, overlaid))
     worst = 0
     for lab in labs or known:
+        if lab in references:
+            print(f"{lab.name}: taken from the reference, nothing of yours to compile")
+            continue
         if tree == "code" and stubs.is_untouched(lab):
             print(f"{lab.name}: not written yet")
             continue
@@ -95,40 +101,53 @@ def labs_with_kernels() -> list[Lab]:
     return [lab for lab, file in files.items() if "def kernel_calls(" in file.read_text("utf-8")]
 
 
-def compile_lab(lab: Lab) -> dict[str, list[Compiled] | None]:
+def compile_lab(lab: Lab) -> dict[str, list[Compiled] | str]:
     """Compile everything that a lab's calls launch; returns it by the call, in words.
 
-    None stands for a call of something that is not written yet. The lab comes from the active
-    layer. Raises LabUnusable when it cannot be imported.
+    A text stands for a call of something that is not written yet, and says what that is. The lab
+    comes from the active layer. Raises LabUnusable when it cannot be imported.
     """
     calls = load_benchmark(lab).kernel_calls
-    compiled: dict[str, list[Compiled] | None] = {}
+    compiled: dict[str, list[Compiled] | str] = {}
     for arch in SHARED_LIMITS:
         with _compiling(arch) as launches:
             for what, call in calls(grading.import_lab(lab)):
                 start = len(launches)
                 try:
                     call()
-                except NotImplementedError:
-                    compiled[what] = None
+                except NotImplementedError as error:
+                    compiled[what] = _not_written(lab, str(error))
                 else:
                     compiled.setdefault(what, []).extend(launches[start:])
     return compiled
 
 
-def _report(lab: Lab, compiled: dict[str, list[Compiled] | None]) -> int:
+def _not_written(lab: Lab, message: str) -> str:
+    """Say what is missing: a function of this lab, or one of another lab that it calls."""
+    missing = message.partition(" →")[0]
+    if missing.startswith(f"{lab.name}.py:") or "is not written yet" not in missing:
+        return missing or "raises NotImplementedError"
+    other = missing.partition(".py:")[0]
+    return (
+        f"{missing}; to go on with the reference for it: "
+        f"course kernels {lab.name} --reference {other}"
+    )
+
+
+def _report(lab: Lab, compiled: dict[str, list[Compiled] | str]) -> int:
     print(f"{lab.name}")
     worst, shown, as_above = 0, set(), []
     for what, launches in compiled.items():
-        new = [one for one in dict.fromkeys(launches or ()) if one not in shown]
+        if isinstance(launches, str):
+            print(f"  {what}\n    {launches}")
+            continue
+        new = [one for one in dict.fromkeys(launches) if one not in shown]
         shown.update(new)
         if launches and not new:
             as_above.append(what)
             continue
         print(f"  {what}")
-        if launches is None:
-            print("    not written yet")
-        elif not launches:
+        if not launches:
             print("    launches no kernel")
             worst = 1
         for one in new:

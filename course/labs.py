@@ -30,7 +30,9 @@ WEEKS: dict[str, tuple[str, ...]] = {
         "async_engine",
         "protocol",
         "server",
+        "moe",
         "speculative",
+        "tensor_parallel",
     ),
 }
 # Small labs beside the weeks, in exercises/: no lab is built on them, and they import no week.
@@ -93,6 +95,11 @@ class Lab:
     @property
     def note(self) -> Path:
         return ROOT / "sessions" / self.week / f"{self.stem}.md"
+
+    @property
+    def answers(self) -> Path:
+        """What the predictions of its note come to, with those of the labs beside it."""
+        return self.tests.with_name("answers.toml")
 
 
 def week_labs() -> list[Lab]:

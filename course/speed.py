@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from course.engine import Engine
+from course.paged import kv_bytes_per_token
 
 
-def kv_bytes_per_token(config: Any, itemsize: int) -> int:
-    """Return the bytes of keys and values that a token leaves in a model. config: a QwenConfig."""
-    per_layer = 2 * config.num_key_value_heads * config.head_dim * itemsize
-    return config.num_hidden_layers * per_layer
+def idle_expert_bytes(model: Any) -> float:
+    """Return the bytes of experts that a token does not get. model: also one without experts."""
+    blocks = [layer.mlp for layer in model.layers if hasattr(layer.mlp, "tokens_per_expert")]
+    return sum(
+        (1 - block.moe.num_experts_per_tok / block.moe.num_experts)
+        * (block.gate_up_proj.nbytes + block.down_proj.nbytes)
+        for block in blocks
+    )
 
 
 class Stopwatch:
@@ -47,11 +52,12 @@ class Stopwatch:
         return logits
 
     def _bytes_of_a_token(self, known: Sequence[int]) -> float:
-        """Bytes that a later step has to read: all weights, and the keys and values in a cache."""
+        """Bytes that a later step has to read: the weights, and the keys and values in a cache."""
         model = self.engine.model
         num_bytes = sum(parameter.nbytes for parameter in model.parameters())
         # A quantized weight is no parameter, and its module says how large it is.
         num_bytes += sum(getattr(module, "nbytes", 0) for module in model.modules())
+        num_bytes -= idle_expert_bytes(model)
         if self.engine.make_attend is not None or self.engine.paged is not None:
             per_token = kv_bytes_per_token(model.config, model.embed_tokens.weight.itemsize)
             num_bytes += per_token * sum(known) / len(known)

@@ -5,11 +5,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from course import models, progress, status, stubs, tracker
 from course.engine import (
     ALWAYS_ON,
+    MOE,
     PAGED_PARTS,
     Engine,
     LabCrashed,
@@ -20,7 +22,7 @@ from course.engine import (
 )
 from course.grading import LabUnusable
 from course.labs import WEEKS, Lab, week_labs
-from course.paged import PagedParams
+from course.paged import PagedParams, RanksEnded
 from course.speed import Stopwatch
 
 TABLE_WIDTH = 84
@@ -35,7 +37,9 @@ class Request:
 
     model: a folder, a hub name, or None for the default. engine: "hybrid", "solutions" or "code".
     dtype: "float32" or "bfloat16". quantization: "int8", "int4" or None. device: "cpu" or "cuda";
-    None means a GPU where there is one. until: the last week whose labs take part; None means all.
+    None means a GPU where there is one. tensor_parallel: how many processes the model is spread
+    over. speculative, num_drafts: as in `PagedParams`, and draft_model, a folder or a hub name.
+    until: the last week whose labs take part; None means all.
     show_speed: say how fast each answer was, and how fast it is without the labs of later weeks.
     Raises ValueError for max_tokens below 1.
     """
@@ -45,6 +49,10 @@ class Request:
     dtype: str = "float32"
     quantization: str | None = None
     device: str | None = None
+    tensor_parallel: int = 1
+    speculative: str | None = None
+    draft_model: str | None = None
+    num_drafts: int = 4
     until: str | None = None
     max_tokens: int = 128
     temperature: float = 0.0
@@ -65,6 +73,7 @@ class Conversation:
         self._device = choose_device(request.device)
         folder = models.resolve_model(request.model, report=tell)
         tokenizer = models.load_tokenizer(folder)
+        self._draft_folder = draft_folder(request.draft_model)
         self._parts = (folder, request.dtype, tokenizer, models.eos_token_ids(folder, tokenizer))
         self.tokenizer = tokenizer
         self._yours, self._switched_on, self.remarks = chosen_labs(request.engine, request.until)
@@ -124,13 +133,22 @@ class Conversation:
 
     def _assemble(self) -> Engine:
         request = self.request
+        former = getattr(self, "engine", None)
+        if former is not None:
+            former.close()
         return assemble(
             self._yours,
             *self._parts,
             self._switched_on,
             request.quantization,
             self._device,
-            PagedParams(on_step=self._records.append if request.show_speed else None),
+            PagedParams(
+                tensor_parallel=request.tensor_parallel,
+                speculative=request.speculative,
+                draft_model=self._draft_folder,
+                num_drafts=request.num_drafts,
+                on_step=self._records.append if request.show_speed else None,
+            ),
         )
 
     def _surviving_crashes(self, action: Callable[[], Any]) -> Any:
@@ -144,6 +162,11 @@ class Conversation:
                 self._yours.discard(crash.lab)
                 self._switched_on.add(crash.lab)
                 self.engine = self._assemble()
+
+
+def draft_folder(name: str | None) -> Path | None:
+    """Find the folder of a draft model; None for none."""
+    return None if name is None else models.resolve_model(name, report=tell)
 
 
 def learn(prompt: str) -> int:
@@ -165,7 +188,7 @@ def chat(request: Request, prompt: str | None) -> int:
             _answer(conversation, [], prompt)
             return 0
         return _read_and_answer(conversation)
-    except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
+    except (LabCrashed, LabUnusable, RanksEnded, models.ModelUnavailable) as error:
         return refuse(error)
 
 
@@ -217,7 +240,7 @@ def generate(request: Request, prompts: list[str], as_json: bool) -> int:
         start = time.perf_counter()
         completion = conversation.complete(prompt_ids, show)
         seconds = time.perf_counter() - start
-    except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
+    except (LabCrashed, LabUnusable, RanksEnded, models.ModelUnavailable) as error:
         return refuse(error)
     if as_json:
         report = _of_completion(prompt_ids, completion) | _of_run(conversation, seconds)
@@ -239,7 +262,7 @@ def _generate_all(request: Request, prompts: list[str], as_json: bool) -> int:
         start = time.perf_counter()
         completions = conversation.complete_all(ids)
         seconds = time.perf_counter() - start
-    except (LabCrashed, LabUnusable, models.ModelUnavailable) as error:
+    except (LabCrashed, LabUnusable, RanksEnded, models.ModelUnavailable) as error:
         return refuse(error)
     if as_json:
         reports = [_of_completion(*pair) for pair in zip(ids, completions, strict=True)]
@@ -319,6 +342,8 @@ def chosen_labs(
 
 
 def _instead(lab: Lab, needs_all: bool) -> str:
+    if lab.name == MOE:
+        return "models with experts run on the reference, not on yours"
     if lab.week == ALWAYS_ON or (needs_all and lab.name in PAGED_PARTS):
         return "the reference runs, not yours"
     return "the engine runs without it"

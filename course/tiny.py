@@ -22,6 +22,17 @@ CONFIG = {
     "tie_word_embeddings": True,
     "eos_token_id": 257,
 }
+# What is another thing in a mixture of experts; its second layer is the sparse one.
+MOE_CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "head_dim": 8,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [],
+}
 TEMPLATE = "{% for m in messages %}<|start|>{{ m.content }}{% endfor %}"
 
 
@@ -46,6 +57,37 @@ def make_checkpoint(folder: Path, **changes: Any) -> str:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return str(folder)
+
+
+def make_moe_checkpoint(folder: Path) -> str:
+    """Write a Qwen3-MoE checkpoint, apart from that as `make_checkpoint`."""
+    name = make_checkpoint(folder, **MOE_CONFIG)
+    save_file(_with_experts(_random_weights()), folder / "model.safetensors")
+    return name
+
+
+def _with_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take biases out, and put norms of heads in, and experts in the second layer."""
+    generator = torch.Generator().manual_seed(4)
+    hidden, inner, sparse = 32, MOE_CONFIG["moe_intermediate_size"], "model.layers.1.mlp"
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    weights = {
+        name: weight
+        for name, weight in weights.items()
+        if not name.endswith(".bias") and not name.startswith(sparse)
+    }
+    for i in range(CONFIG["num_hidden_layers"]):
+        for norm in ("q_norm", "k_norm"):
+            weights[f"model.layers.{i}.self_attn.{norm}.weight"] = random(8) + 1
+    weights[f"{sparse}.gate.weight"] = random(MOE_CONFIG["num_experts"], hidden)
+    for i in range(MOE_CONFIG["num_experts"]):
+        for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden))):
+            weights[f"{sparse}.experts.{i}.{name}_proj.weight"] = random(*shape)
+        weights[f"{sparse}.experts.{i}.down_proj.weight"] = random(hidden, inner)
+    return weights
 
 
 def _random_weights() -> dict[str, torch.Tensor]:

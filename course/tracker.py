@@ -237,7 +237,8 @@ def _checked(lab: Lab, answers: dict[str, dict]) -> tuple[dict[str, bool | None]
     """
     numbers = {id: event["answer"] for id, event in sorted(answers.items())}
     try:
-        parts = (lab.note.read_bytes(), lab.solution.read_bytes(), json.dumps(numbers).encode())
+        read = (lab.note, lab.answers, lab.solution)
+        parts = (*(file.read_bytes() for file in read), json.dumps(numbers).encode())
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()
         cache = _read_cache()
         if key in cache:

@@ -19,7 +19,7 @@ from course import models
 from course.bench import YOURS, Workload
 from course.engine import Engine, assemble, takes_part
 from course.labs import Lab
-from course.speed import kv_bytes_per_token
+from course.paged import kv_bytes_per_token
 from course.workloads import nano_cpu
 
 NUM_ROWS = 8

@@ -10,7 +10,7 @@ from course import models
 from course.bench import YOURS, Workload
 from course.engine import ALWAYS_ON, assemble
 from course.labs import Lab, find_labs
-from course.speed import kv_bytes_per_token
+from course.paged import kv_bytes_per_token
 
 # Ordinary ids of the vocabulary; what they say does not matter for the time.
 PROMPT = list(range(100, 356))

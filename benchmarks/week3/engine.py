@@ -19,7 +19,7 @@ from course import models
 from course.bench import YOURS, Workload, assemble_paged
 from course.engine import Engine
 from course.labs import Lab
-from course.speed import kv_bytes_per_token
+from course.paged import kv_bytes_per_token
 from course.workloads import Request, nano_cpu
 
 TEMPERATURE = 0.6

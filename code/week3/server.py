@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +67,8 @@ VERSION = "0.1.0"
 # Paths that need no key: they tell nothing of anybody.
 OPEN_PATHS = ("/", "/health")
 
+# Index of a layer → how many tokens each of its experts has been given.
+ExpertLoad = Callable[[], Mapping[int, Sequence[int]]]
 # What ASGI hands to an application: its next message, and where to send one.
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -89,11 +91,13 @@ class ServerParams:
 class Metrics:
     """What the server counts, under vLLM's names where the meaning is the same.
 
-    engine: asked for the state of its scheduler whenever somebody looks.
+    engine: asked for the state of its scheduler whenever somebody looks. expert_load: asked at the
+    same time, and may wait for the device; None for a model without experts.
     """
 
-    def __init__(self, engine: AsyncEngine, model_name: str):
+    def __init__(self, engine: AsyncEngine, model_name: str, expert_load: ExpertLoad | None = None):
         self._engine, self._labels = engine, {"model_name": model_name}
+        self._expert_load = expert_load
         self._registry = CollectorRegistry()
         self._registry.register(self)
         names, here = ("model_name",), {"registry": self._registry}
@@ -135,7 +139,8 @@ class Metrics:
 
     def collect(self) -> Iterable[Any]:
         """Tell what the scheduler and the pool know, for prometheus_client."""
-        scheduler, blocks = self._engine.engine.scheduler, self._engine.engine.blocks
+        engine = self._engine.engine
+        scheduler, blocks = engine.scheduler, engine.blocks
         used = 1 - blocks.num_free_blocks / blocks.num_blocks
         gauges = {
             "vllm:num_requests_running": ("Requests that run", scheduler.num_running),
@@ -147,12 +152,25 @@ class Metrics:
             "vllm:prompt_tokens": ("Prompt tokens", scheduler.num_prompt_tokens),
             "vllm:prefix_cache_queries": ("Tokens looked for", scheduler.num_prompt_tokens),
             "vllm:prefix_cache_hits": ("Tokens found", scheduler.num_cached_tokens),
+            "vllm:spec_decode_num_drafts": ("Times somebody had guesses", engine.num_drafts),
+            "vllm:spec_decode_num_draft_tokens": ("Guesses", engine.num_draft_tokens),
+            "vllm:spec_decode_num_accepted_tokens": ("Accepted", engine.num_accepted_tokens),
         }
         for kind, found in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (text, value) in found.items():
                 family = kind(name, text, labels=list(self._labels))
                 family.add_metric(list(self._labels.values()), value)
                 yield family
+        if self._expert_load is not None:
+            yield self._tokens_of_experts(self._expert_load())
+
+    def _tokens_of_experts(self, load: Mapping[int, Sequence[int]]) -> CounterMetricFamily:
+        names = [*self._labels, "layer", "expert"]
+        family = CounterMetricFamily("moe:expert_tokens", "Tokens of an expert", labels=names)
+        for layer, counts in load.items():
+            for expert, count in enumerate(counts):
+                family.add_metric([*self._labels.values(), str(layer), str(expert)], count)
+        return family
 
     def text(self) -> bytes:
         """Write everything in Prometheus' text format."""
@@ -229,7 +247,8 @@ def refusal_of(error: Exception) -> RequestError:
 def error_response(error: Exception) -> JSONResponse:
     """Answer with an error: the status and `error_body` of its refusal.
 
-    429 has the header Retry-After, RETRY_AFTER_SECONDS. The headers of an HTTPException are kept.
+    The headers of an HTTPException are kept. 429 has the header Retry-After: RETRY_AFTER_SECONDS,
+    unless the HTTPException has brought its own, in whatever case its name is written.
     """
     raise NotImplementedError(
         "week3/server.py: error_response is not written yet → sessions/week3/server.md"
@@ -281,7 +300,7 @@ async def encode_chat(body: ChatRequest, tokenizer: Any) -> list[int]:
     unless tool_choice is "none", and writes a text; its special tokens stand in it already. While
     the tokenizer works, the event loop is free for others.
     Raises RequestError 400, which names "messages" and tells the error's text, for a TemplateError,
-    ValueError or TypeError of the template.
+    ValueError or TypeError of the template; what else goes wrong is raised as it is.
     """
     raise NotImplementedError(
         "week3/server.py: encode_chat is not written yet → sessions/week3/server.md"
@@ -316,7 +335,8 @@ async def watched(handle: RequestHandle, metrics: Metrics, arrived: float) -> As
     time since the one before: tokens that come together share the time since the last ones evenly,
     and beside the first one they took 0. A delta without choices brings no token. `ended` gets the
     time since arrived, once, when the request ends or nobody asks for more, and as the reason: the
-    finish_reason, if it has come; "error" when the handle raises; "abort" in any other case.
+    finish_reason, if it has come, whatever follows; else "error" when the handle raises; else
+    "abort".
     """
     raise NotImplementedError(
         "week3/server.py: watched is not written yet → sessions/week3/server.md"
@@ -341,9 +361,9 @@ async def stream(submission: Submission, include_usage: bool) -> AsyncIterator[s
 
     The opening comes before any delta; what a delta brings, at once, with the place of its handle
     as the index; the closing when all choices have ended, and nothing behind it.
-    When anything is raised, the last event is instead the `error_body` of its refusal, with nothing
-    else in it. However it ends, `merged` ends with it. What is written for a client who has left is
-    nobody's concern.
+    When anything is raised, `merged` ends, and then the last event is instead the `error_body` of
+    its refusal, with nothing else in it. However the stream ends, `merged` has ended by then, also
+    when it is closed. What is written for a client who has left is nobody's concern.
     """
     raise NotImplementedError(
         "week3/server.py: stream is not written yet → sessions/week3/server.md"
@@ -354,7 +374,7 @@ async def whole(submission: Submission) -> dict[str, Any]:
     """Wait for all choices, and return their `whole_answer`.
 
     The index of a choice is the place of its handle. Raises what `merged` raises. However it ends,
-    `merged` ends with it. What comes out when the client has left is nobody's concern.
+    `merged` has ended by then. What comes out when the client has left is nobody's concern.
     """
     raise NotImplementedError(
         "week3/server.py: whole is not written yet → sessions/week3/server.md"
@@ -377,14 +397,21 @@ async def answer(
     )
 
 
-def create_app(engine: AsyncEngine, tokenizer: Any, params: ServerParams) -> FastAPI:
+def create_app(
+    engine: AsyncEngine,
+    tokenizer: Any,
+    params: ServerParams,
+    expert_load: ExpertLoad | None = None,
+) -> FastAPI:
     """Make the application; it starts the engine with itself, and closes it.
 
-    engine: not started. tokenizer: of transformers, with a chat template for chats.
+    engine: not started. tokenizer: of transformers, with a chat template for chats. expert_load: as
+        in `Metrics`.
     POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize; GET /v1/models, /health,
     /version, /metrics, and params.page at /.
     """
-    service = Service(engine, tokenizer, params.model_name, Metrics(engine, params.model_name))
+    metrics = Metrics(engine, params.model_name, expert_load)
+    service = Service(engine, tokenizer, params.model_name, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -458,7 +485,9 @@ def add_information(app: FastAPI, service: Service, page: str) -> None:
 
     @app.get("/metrics")
     async def metrics():
-        return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        # Not here: it may wait for the device.
+        text = await run_in_threadpool(service.metrics.text)
+        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
     async def version():

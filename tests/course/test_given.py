@@ -695,3 +695,164 @@ def test_hardware_outside_its_limits(reference, name, value):
 def test_an_event_that_cannot_be(reference, fields, message):
     with pytest.raises(ValueError, match=message):
         reference(make_event, *fields)
+
+
+# Qwen3-30B-A3B's config.json as it lies on the hub, made tiny.
+WITH_EXPERTS = NEW_STYLE | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+
+
+def read_moe_folder(folder: Path) -> tuple[dict, dict]:
+    from week3.moe import read_configs
+
+    dense, experts = read_configs(folder)
+    return vars(dense), vars(experts)
+
+
+def write_config(folder: Path, raw: object) -> Path:
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    return folder
+
+
+def moe_model_facts(folder: Path) -> dict:
+    """Load a folder; returns what can be told about the model, and its logits for five ids."""
+    from week1.gqa import causal_attend
+    from week3.moe import expert_load, load_model
+
+    model = load_model(folder)
+    before = expert_load(model)
+    with torch.no_grad():
+        logits = model.logits(model(torch.tensor([3, 1, 4, 1, 5]), torch.arange(5), causal_attend))
+    return {
+        "before": before,
+        "load": expert_load(model),
+        "logits": logits.tolist(),
+        "needs_gradient": any(parameter.requires_grad for parameter in model.parameters()),
+        "training": model.training,
+    }
+
+
+def save_moe_model(folder: Path, **changes) -> dict:
+    """Write a random checkpoint as transformers does; returns its logits for five ids."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    entries = without(WITH_EXPERTS, "architectures", "model_type", "dtype", "layer_types")
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**entries | changes, initializer_range=0.3)
+    model = Qwen3MoeForCausalLM._from_config(config, experts_implementation="eager").eval()
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return model(torch.tensor([[3, 1, 4, 1, 5]])).logits[0].tolist()
+
+
+def test_a_config_with_experts(reference, tmp_path):
+    dense, experts = reference(read_moe_folder, write_config(tmp_path, WITH_EXPERTS))
+    expected = reference(read_config, NEW_STYLE)
+    assert dense == expected and dense["qk_norm"]
+    assert experts == {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": (),
+    }
+
+
+def test_defaults_of_experts_are_those_of_transformers(reference, tmp_path):
+    names = ("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")
+    folder = write_config(tmp_path, without(WITH_EXPERTS, *names))
+    _, experts = reference(read_moe_folder, folder)
+    assert [experts[name] for name in names] == [False, 1, ()]
+    raw = without(WITH_EXPERTS, "num_experts") | {"num_local_experts": 9, "mlp_only_layers": None}
+    _, experts = reference(read_moe_folder, write_config(tmp_path, raw))
+    assert experts["num_experts"] == 9 and experts["mlp_only_layers"] == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentions"),
+    [
+        ({"num_experts": 0}, ["num_experts", "at least 1", "got 0"]),
+        ({"num_experts": "8"}, ["num_experts", "whole number", "'8'"]),
+        ({"num_experts": True}, ["num_experts", "True"]),
+        ({"num_experts": None}, ["no num_experts"]),
+        ({"num_experts_per_tok": 0}, ["num_experts_per_tok", "from 1 to 6", "got 0"]),
+        ({"num_experts_per_tok": 7}, ["num_experts_per_tok", "from 1 to 6", "got 7"]),
+        ({"num_experts_per_tok": None}, ["no num_experts_per_tok"]),
+        ({"moe_intermediate_size": -1}, ["moe_intermediate_size", "at least 1", "got -1"]),
+        ({"moe_intermediate_size": 1.5}, ["moe_intermediate_size", "1.5"]),
+        ({"norm_topk_prob": 1}, ["norm_topk_prob", "true or false", "got 1"]),
+        ({"decoder_sparse_step": 0}, ["decoder_sparse_step", "at least 1", "got 0"]),
+        ({"mlp_only_layers": 1}, ["mlp_only_layers", "a list", "got 1"]),
+        ({"mlp_only_layers": [0, 2]}, ["mlp_only_layers", "from 0 to 1", "got 2"]),
+        ({"mlp_only_layers": [-1]}, ["mlp_only_layers", "from 0 to 1", "got -1"]),
+        ({"hidden_size": None}, ["no hidden_size"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
+        ({"quantization_config": {"a": 1}}, ["quantization_config"]),
+        ({"architectures": ["Qwen3ForCausalLM"]}, ["Qwen3MoeForCausalLM"]),
+    ],
+    ids=str,
+)
+def test_a_config_with_experts_that_cannot_be_served(reference, tmp_path, changes, mentions):
+    with pytest.raises(ValueError) as refused:
+        reference(read_moe_folder, write_config(tmp_path, WITH_EXPERTS | changes))
+    for mention in mentions:
+        assert mention in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", None])
+def test_a_folder_with_experts_without_a_usable_config(reference, tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        reference(read_moe_folder, tmp_path)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+@pytest.mark.parametrize("changes", [{}, {"decoder_sparse_step": 2}], ids=str)
+def test_experts_are_loaded_as_transformers_writes_them(reference, tmp_path, changes, num_shards):
+    expected = save_moe_model(tmp_path, **changes)
+    if num_shards > 1:
+        tensors = load_file(tmp_path / "model.safetensors")
+        names = sorted(tensors)
+        shard(tmp_path, {f"{i}.safetensors": names[i::num_shards] for i in range(num_shards)})
+    facts = reference(moe_model_facts, tmp_path)
+    assert torch.allclose(torch.tensor(facts["logits"]), torch.tensor(expected), atol=1e-4)
+    layers = {1} if changes else {0, 1}
+    assert facts["before"] == {layer: [0] * 6 for layer in layers}
+    totals = {layer: sum(counts) for layer, counts in facts["load"].items()}
+    assert totals == dict.fromkeys(layers, 10)
+    assert not facts["needs_gradient"] and not facts["training"]
+
+
+def test_experts_that_do_not_fit_the_config(reference, tmp_path):
+    save_moe_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    prefix = "model.layers.1.mlp.experts"
+    missing, odd = f"{prefix}.3.gate_proj.weight", f"{prefix}.5.down_proj.weight"
+    changed = without(tensors, missing) | {odd: torch.zeros(24, 13)}
+    save_file(changed, file)
+    with pytest.raises(ValueError, match="the checkpoint does not fit its config") as refused:
+        reference(moe_model_facts, tmp_path)
+    assert f"missing: {missing}" in str(refused.value)
+    shape = f"shape of {odd}: the checkpoint has (24, 13), the config asks for (24, 12)"
+    assert shape in str(refused.value)
+    more = f"{prefix}.6.up_proj.weight"
+    save_file(tensors | {more: torch.zeros(12, 24)}, file)
+    with pytest.raises(ValueError, match="the checkpoint does not fit its config") as refused:
+        reference(moe_model_facts, tmp_path)
+    assert f"unexpected: {more}" in str(refused.value)
+    save_file(without(tensors, "model.layers.0.mlp.gate.weight"), file)
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.0\.mlp\.gate\.weight"):
+        reference(moe_model_facts, tmp_path)

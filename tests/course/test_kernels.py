@@ -104,7 +104,23 @@ def test_a_half_written_lab_shows_what_there_is(tree):
     tree.write("benchmarks/week1/rope.py", calls)
     result = tree.run("course", "kernels", "week1/rope")
     assert result.returncode == 0 and "sm_90 _tuned" in result.stdout, result.stdout
-    assert "  the other\n    not written yet\n" in result.stdout
+    assert "  the other\n    week1/rope.py: unwritten is not written yet\n" in result.stdout
+
+
+def test_what_another_lab_lacks_can_come_from_the_reference(tree):
+    turned = "\n\ndef turned(x, out):\n    rotary_table(64, 10, 10_000.0)\n    copy(x, out)\n"
+    tree.write("code/week2/kv_cache.py", f"from week1.rope import rotary_table\n{LAB}{turned}")
+    tree.write("benchmarks/week2/kv_cache.py", CALLS.format(name="turned"))
+    words = "course", "kernels", "week2/kv_cache"
+    without = tree.run(*words)
+    missing = "week1/rope.py: rotary_table is not written yet; to go on with the reference for it: "
+    assert f"    {missing}{' '.join(words)} --reference week1/rope\n" in without.stdout
+    # A lab that is named is the learner's, whatever else comes from the reference.
+    for references in (["week1/rope"], ["week1", "--reference", "week2"]):
+        result = tree.run(*words, "--reference", *references)
+        assert result.returncode == 0 and "sm_90 _tuned" in result.stdout, result.stdout
+    everything = tree.run("course", "kernels", "--reference", "week2")
+    assert "week2/kv_cache: taken from the reference" in everything.stdout
 
 
 def test_an_untouched_stub_is_not_written_yet(tree):

@@ -74,7 +74,7 @@ def test_predictions_have_answers(lab):
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
     """A root with one note, its answers and its reference; returns a function that changes one."""
-    kept = (ROPE.note, ROPE.solution, ROPE.tests.with_name("answers.toml"))
+    kept = (ROPE.note, ROPE.solution, ROPE.answers)
     for file in kept:
         target = tmp_path / file.relative_to(ROOT)
         target.parent.mkdir(parents=True)

@@ -18,9 +18,9 @@ OPEN = Grade("not started")
 NOTE = """---
 lab: {name}
 predict:
-  - {{id: one, ask: "Of 1?", unit: none, answer: double(0.5), tolerance: "0"}}
-  - {{id: two, ask: "Of 2?", unit: none, answer: double(1), tolerance: "10 %"}}
-  - {{id: ten, ask: "Of 10?", unit: none, answer: double(5), tolerance: 2x}}
+  - {{id: one, ask: "Of 1?", unit: none, tolerance: "0"}}
+  - {{id: two, ask: "Of 2?", unit: none, tolerance: "10 %"}}
+  - {{id: ten, ask: "Of 10?", unit: none, tolerance: 2x}}
 ---
 # A lab
 
@@ -30,6 +30,10 @@ predict:
 ## Exit ticket
 Explain it.
 """
+ANSWERS = "".join(
+    f"[{stem}]\none = 'double(0.5)'\ntwo = 'double(1)'\nten = 'double(5)'\n"
+    for stem in ("attention", "rope", "gqa", "kv_cache")
+)
 START = datetime(2026, 3, 1, 10, tzinfo=UTC)
 
 
@@ -68,7 +72,8 @@ def clone(tmp_path, monkeypatch):
     monkeypatch.setattr(tracker, "CACHE", tmp_path / ".course" / "predictions.json")
     for lab in (ATTENTION, ROPE, GQA, CACHE):
         source = '__all__ = ["double"]\n\n\ndef double(x):\n    return 2 * x\n'
-        for path, text in ((lab.note, NOTE.format(name=lab.name)), (lab.solution, source)):
+        note = NOTE.format(name=lab.name)
+        for path, text in ((lab.note, note), (lab.solution, source), (lab.answers, ANSWERS)):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     return tmp_path

@@ -372,6 +372,14 @@ def test_error_response_asks_to_come_back_for_every_429():
         check_equal(header, str(server.RETRY_AFTER_SECONDS), "Retry-After", of=of)
 
 
+@pytest.mark.parametrize("name", ["Retry-After", "retry-after"])
+def test_error_response_keeps_a_time_to_come_back(name):
+    response = server.error_response(http_error(429, "slowly", {name: "30", "X-A": "b"}))
+    of = f"error_response(HTTPException(429, headers={{{name!r}: '30', 'X-A': 'b'}}))"
+    check_equal(response.headers.getlist("retry-after"), ["30"], "Retry-After", of=of)
+    check_equal(response.headers.get("x-a"), "b", "X-A", of=of)
+
+
 def test_error_response_keeps_headers():
     for headers in ({"Allow": "GET"}, {"WWW-Authenticate": "Bearer", "X-A": "b"}, {}, None):
         response = server.error_response(http_error(405, "GET only", headers))
@@ -643,9 +651,11 @@ def test_guard_holds_open_paths_to_the_size_too():
 
 
 class Secret(bytes):
-    """A header that notes when its end, the key, is compared in the way of other bytes."""
+    """A header that notes when its end, the key, is compared in the way of other bytes, and counts
+    how many bytes of it are looked at one by one."""
 
     compared: ClassVar[list[object]] = []
+    num_seen: ClassVar[int] = 0
 
     def __eq__(self, other: object) -> bool:
         text = other.encode() if isinstance(other, str) else other
@@ -660,7 +670,13 @@ class Secret(bytes):
 
     def __getitem__(self, index: Any) -> Any:
         got = bytes.__getitem__(self, index)
+        Secret.num_seen += isinstance(got, int)
         return Secret(got) if isinstance(got, bytes) else got
+
+    def __iter__(self) -> Iterator[int]:
+        for one in bytes.__iter__(self):
+            Secret.num_seen += 1
+            yield one
 
     def partition(self, *args: Any) -> tuple:
         return tuple(map(Secret, bytes.partition(self, *args)))
@@ -692,7 +708,16 @@ class SecretText(str):
         return not self == other
 
     def __getitem__(self, index: Any) -> str:
+        Secret.num_seen += not isinstance(index, slice)
         return SecretText(str.__getitem__(self, index))
+
+    def __iter__(self) -> Iterator[str]:
+        for one in str.__iter__(self):
+            Secret.num_seen += 1
+            yield one
+
+    def encode(self, *args: Any, **options: Any) -> bytes:
+        return Secret(str.encode(self, *args, **options))
 
     def partition(self, *args: Any) -> tuple:
         return tuple(map(SecretText, str.partition(self, *args)))
@@ -714,6 +739,18 @@ def test_guard_tells_nothing_by_its_time():
     of = "Guard, and a header whose comparisons are counted"
     count = len(Secret.compared)
     check_equal(count, 0, "comparisons with the key that end at the first difference", of=of)
+
+
+def test_guard_looks_at_as_much_of_every_wrong_key():
+    counts = []
+    for place in range(len(KEY)):
+        Secret.num_seen = 0
+        value = f"Bearer {KEY[:place]}?{KEY[place + 1 :]}"
+        guarded(KEY, 10, headers=[(b"authorization", Secret(value.encode()))])
+        counts.append(Secret.num_seen)
+    of = f"Guard, and keys of {len(KEY)} bytes, one of them wrong: the first one, the second one, …"
+    what = "how many bytes of the header are looked at one by one, more than for the first"
+    check_equal([count - counts[0] for count in counts], [0] * len(KEY), what, of=of)
 
 
 TOO_LONG = {
@@ -811,6 +848,7 @@ class Tokenizer:
         self.chats, self.encoded, self.on_the_loop = [], [], []
         self.loops_thread = threading.get_ident()
         self.error: Exception | None = None
+        self.encode_error: Exception | None = None
         self.gate: threading.Event | None = None
         self.is_busy: Callable[[], None] | None = None
 
@@ -824,6 +862,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         self._note("encode")
         self.encoded.append(text)
+        if self.encode_error is not None:
+            raise self.encode_error
         if self.gate is not None and "wait" in text and not self.on_the_loop:
             self.is_busy()
             self.gate.wait(SECONDS)
@@ -953,17 +993,28 @@ def test_encode_chat_tells_what_the_template_refuses(kind):
     check_refusal(server.encode_chat, chat_of(), tokenizer, **arguments)
 
 
+def check_not_explained(tokenizer: Tokenizer, error: Exception, of: str) -> None:
+    """Hold encode_chat to raising an error of its tokenizer as it is."""
+    try:
+        got = run(server.encode_chat(chat_of(), tokenizer))
+    except (type(error), server.RequestError) as raised:
+        got = raised
+    check_true(got is error, f"{got!r}, expected the {type(error).__name__} as it is", of=of)
+
+
 def test_encode_chat_does_not_explain_other_errors():
     tokenizer = Tokenizer()
     tokenizer.error = ZeroDivisionError("a mistake of the server")
     of = "encode_chat, and the template raises ZeroDivisionError"
-    try:
-        got = run(server.encode_chat(chat_of(), tokenizer))
-    except ZeroDivisionError:
-        return
-    except server.RequestError as error:
-        got = error
-    check_true(False, f"{got!r}, expected the ZeroDivisionError", of=of)
+    check_not_explained(tokenizer, tokenizer.error, of)
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError])
+def test_encode_chat_does_not_explain_errors_behind_the_template(kind):
+    tokenizer = Tokenizer()
+    tokenizer.encode_error = kind(SECRET)
+    of = f"encode_chat; the template writes its text, and tokenizer.encode raises {kind.__name__}"
+    check_not_explained(tokenizer, tokenizer.encode_error, of)
 
 
 class Desk:
@@ -987,7 +1038,8 @@ class Desk:
         counts += ("num_prompt_tokens", "num_cached_tokens")
         scheduler = SimpleNamespace(**{name: i + 1 for i, name in enumerate(counts)})
         limits = SimpleNamespace(max_model_len=CONTEXT, max_num_seqs=8)
-        self.engine = SimpleNamespace(limits=limits, scheduler=scheduler, blocks=blocks)
+        guesses = {"num_drafts": 1, "num_draft_tokens": 3, "num_accepted_tokens": 2}
+        self.engine = SimpleNamespace(limits=limits, scheduler=scheduler, blocks=blocks, **guesses)
         self.calls: list[str] = []
 
     def submit(self, request_id: str, prompt_ids: Sequence[int], params: Any) -> Handle:
@@ -1273,11 +1325,40 @@ def test_watched_counts_who_is_closed_behind_the_last_delta():
     run(scene())
 
 
+class Late(Handle):
+    """A request that fails behind its last delta."""
+
+    async def __anext__(self) -> Any:
+        try:
+            return await super().__anext__()
+        except StopAsyncIteration:
+            raise server.EngineFailed("the model failed") from None
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "abort"])
+def test_watched_keeps_a_reason_that_has_come(reason):
+    async def scene() -> None:
+        of, metrics = History("watched: the handle raises behind its last delta"), Recorder()
+        handle = Late(of, "the request")
+        generator = server.watched(handle, metrics, metrics.seconds)
+        listener = Listener(await generator_of(generator, "watched"))
+        handle.say("a", reason)
+        await listener.news()
+        expected = [("first_token", 0.0), ("ended", reason, 0.0)]
+        check_equal(metrics.told, expected, "what the metrics are told", of=of)
+
+    run(scene())
+
+
 class Scene:
     """A submission of stand-in handles, with a client that may leave."""
 
     def __init__(
-        self, num_handles: int, kind: Any = None, prompts: Sequence[list[int]] = ([7, 8, 9],)
+        self,
+        num_handles: int,
+        kind: Any = None,
+        prompts: Sequence[list[int]] = ([7, 8, 9],),
+        decode: Callable[[list[int]], str] | None = None,
     ):
         self.of = History(f"{num_handles} choices of {len(prompts)} prompts")
         self.handles = [Handle(self.of, f"choice {i}") for i in range(num_handles)]
@@ -1290,7 +1371,7 @@ class Scene:
                 kind or protocol.COMPLETION, **self.common, prompt_lengths=lengths, n=n
             ),
             handles=self.handles,
-            decode=Tokenizer().decode,
+            decode=decode or Tokenizer().decode,
             metrics=self.metrics,
             arrived=self.metrics.seconds,
             receive=self.line.receive,
@@ -1302,13 +1383,16 @@ class Scene:
         await settle()
         return listener
 
-    async def check_over(self, of: Any = None) -> None:
+    async def check_over(self) -> None:
         """Hold an end to leaving nothing behind."""
         await settle()
+        self.check_over_now()
+
+    def check_over_now(self, when: str = "") -> None:
+        """Hold an end to having left nothing behind already, with no turn of the loop between."""
         left = [handle.name for handle in self.handles if not handle.has_ended]
-        check_equal(left, [], "choices that still run", of=self.of)
-        count = len(others())
-        check_equal(count, 0, "tasks that are left behind", of=self.of)
+        check_equal(left, [], f"choices that still run{when}", of=self.of)
+        check_equal(len(others()), 0, f"tasks that are left behind{when}", of=self.of)
 
     def check_ends(self, expected: Sequence[str]) -> None:
         ends = sorted(told[1] for told in self.metrics.told if told[0] == "ended")
@@ -1709,6 +1793,40 @@ def test_stream_that_is_closed_leaves_nothing_behind():
         it.of.note("the stream is closed", None)
         it.listener.task.cancel()
         await it.it.check_over()
+
+    run(scene())
+
+
+def test_stream_has_ended_everything_when_it_is_closed():
+    async def scene() -> None:
+        it = Scene(2)
+        generator = await generator_of(server.stream(it.submission, False), "stream")
+        it.handles[1].say("a")
+        said(await anext(generator, None))
+        it.of.note("the stream is closed behind its first event", None)
+        await generator.aclose()
+        it.check_over_now(" when aclose returns")
+        it.check_ends(["abort", "abort"])
+
+    run(scene())
+
+
+@pytest.mark.parametrize("num_choices", [1, 3])
+def test_stream_has_ended_everything_when_it_tells_an_error(num_choices):
+    def decode(ids: list[int]) -> str:
+        raise RuntimeError(SECRET)
+
+    async def scene() -> None:
+        it = Scene(num_choices, decode=decode)
+        it.of.note("decode raises RuntimeError", None)
+        generator = await generator_of(server.stream(it.submission, False), "stream")
+        it.handles[0].say("a", logprob=-0.5)
+        with logged():
+            event = said(await anext(generator, None))
+        check_equal(list(event), ["error"], "the names in the event", of=it.of)
+        it.check_over_now(", and the error's event is there")
+        rest = [text async for text in generator]
+        check_equal(rest, [], "events behind the error", of=it.of)
 
     run(scene())
 

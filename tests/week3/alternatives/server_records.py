@@ -246,7 +246,7 @@ def error_response(error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.headers:
         response.headers.update(error.headers)
     if told.status == 429:
-        response.headers["retry-after"] = str(RETRY_AFTER_SECONDS)
+        response.headers.setdefault("retry-after", str(RETRY_AFTER_SECONDS))
     return response
 
 
@@ -354,7 +354,7 @@ def submit_all(
 
 
 async def watched(handle: RequestHandle, metrics: Metrics, arrived: float) -> AsyncIterator[Delta]:
-    end, latest = "abort", None
+    end, latest = None, None
     try:
         while True:
             try:
@@ -362,7 +362,7 @@ async def watched(handle: RequestHandle, metrics: Metrics, arrived: float) -> As
             except StopAsyncIteration:
                 return
             except Exception:
-                end = "error"
+                end = end or "error"
                 raise
             if count := len(delta.choices):
                 now = metrics.now()
@@ -375,7 +375,7 @@ async def watched(handle: RequestHandle, metrics: Metrics, arrived: float) -> As
             end = delta.finish_reason if delta.finish_reason else end
             yield delta
     finally:
-        metrics.ended(end, metrics.now() - arrived)
+        metrics.ended(end or "abort", metrics.now() - arrived)
 
 
 async def merged(submission: Submission) -> AsyncIterator[tuple[int, Delta]]:
