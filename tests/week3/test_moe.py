@@ -818,16 +818,9 @@ def test_block_of_tokens_with_any_strides(layout):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("changes", BLOCKS[:5], ids=str)
 def test_block_of_dtype(changes, dtype):
-    x = random(2, 7, 20, seed=4).clamp(-3, 3)
-    x[..., 0] = torch.where(x[..., 0] > 0, 1.0, -1.0)
-    check_block(changes, x, dtype=dtype, change=far_from_equal)
-
-
-def far_from_equal(theirs: nn.Module, ours: nn.Module) -> None:
-    """Let no two experts be nearly equal for a token, so that no rounding chooses another one."""
-    for weight in (theirs.gate.weight, ours.gate.weight):
-        weight *= 0.125
-        weight[:, 0] = 2.0 * torch.arange(len(weight))
+    # Few digits, so that no two experts are nearly equal for a token.
+    x = random(2, 7, 20, seed=4).clamp(-3, 3).mul(4).round().div(4)
+    check_block(changes, x, dtype=dtype)
 
 
 def sending_to(experts: Sequence[int]) -> Callable[[nn.Module, nn.Module], None]:
@@ -1033,8 +1026,7 @@ def test_load_waits_for_the_device_once():
     with Waiting() as seen:
         moe.expert_load(model)
     what = f"the host asks {seen.count} times for what tensors hold, for 6 layers"
-    # To bring a copy here and then to look into it is to wait once.
-    check_true(seen.count <= 2, what)
+    check_true(seen.count <= 1, what)
 
 
 # Which layers are sparse.
