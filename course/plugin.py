@@ -121,10 +121,11 @@ def _overlaid(config: pytest.Config, selection: layers.Selection) -> dict[str, s
     if tree == "code":
         # A whole week beside the file of one of its labs: that one is to be graded.
         asked = {lab for lab in all_labs() if str(lab.tests) in selection.args}
+        by_name = layers.named_references([name for name in named if "/" in name])
         return {
             lab.name: str(lab.solution)
             for lab in layers.named_references(named)
-            if lab.name in named or lab not in asked
+            if lab in by_name or lab not in asked
         }
     return dict(candidate.split("=", 1) for candidate in candidates)
 

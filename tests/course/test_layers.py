@@ -226,8 +226,14 @@ def test_reference_by_option_and_by_file(tree):
 
 
 def test_what_is_taken_from_the_reference_is_not_graded(tree):
-    result = tree.pytest("code/week1/rope.py", "--reference", "week1")
+    result = tree.pytest("code/week1/rope.py", "--reference", "week1/rope")
     assert " passed" not in result.stdout and "skipped" in result.stdout
+    assert "there is nothing of yours to grade" in result.stdout
+
+
+def test_a_week_as_the_reference_leaves_out_what_is_graded(tree):
+    result = tree.pytest("code/week1/rope.py", "--reference", "week1")
+    assert " failed" in result.stdout and "skipped" not in result.stdout
 
 
 @pytest.mark.parametrize(
